@@ -1,0 +1,1 @@
+"""The command line, `rbee`: one file a verb, imported when it is used."""

@@ -1,0 +1,259 @@
+"""Every error that rbee raises on purpose, in families named by what the caller will do.
+
+RbeeError
+├── InvalidInput            change the request or the command, then send it again
+│   ├── InvalidRequest      a field of an API request is wrong (names the field)
+│   ├── ContextExceeded     the prompt does not fit the model's context
+│   ├── PayloadTooLarge     the body is larger than this endpoint takes
+│   ├── UnknownModel        no machine has this model
+│   ├── NotFound            no such thing under this address
+│   ├── MethodNotAllowed    the address exists, the method does not
+│   ├── NotSupported        the model, engine or endpoint cannot do this
+│   ├── InvalidModelFile    the file is no model, is damaged, or is hostile
+│   ├── RequestTimeout      the request's body did not arrive in time
+│   └── InvalidScript       the routing script does not compile or has no entry function
+├── AccessDenied            bring a key, or another one
+│   └── Forbidden           this key, or this origin, may not do that
+├── Busy                    wait, then send the same request again
+│   ├── Refused             the routing script turned the job away
+│   └── ShuttingDown        this program is about to end
+├── Lost                    a worker or hive went away while it was needed
+│   ├── WorkerLost          in the middle of an answer
+│   ├── Unreachable         nothing listens at its address
+│   └── TimedOut            it did not answer within its limit
+└── SetupProblem            put the machine or its configuration right
+    ├── PortInUse
+    ├── PluginProblem
+    └── LoadFailed          an engine could not load a model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class RbeeError(Exception):
+    """Tell what went wrong, where, and what to try.
+
+    `status`, `type` and `code` are the HTTP status and the two words of an OpenAI error body;
+    `exit_code` is what the command line ends with.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = "internal_error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message}. Try: {self.hint}" if self.hint else self.message
+
+
+class InvalidInput(RbeeError):
+    """Something the caller sent is wrong; the same request will fail again."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+    exit_code = 2
+
+
+class InvalidRequest(InvalidInput):
+    """A field of an API request has a wrong type or value; `param` names it."""
+
+    code = "invalid_value"
+
+
+class ContextExceeded(InvalidInput):
+    """A prompt is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
+        super().__init__(
+            f"This model's context is {context_tokens} tokens, but the request needs {prompt_tokens} tokens",
+            hint="a shorter prompt, or a worker with a larger ctx",
+            param="messages",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+
+
+class PayloadTooLarge(InvalidInput):
+    """A request body is over the limit."""
+
+    status = 413
+    code = "payload_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is over the limit of {limit_bytes} bytes")
+        self.limit_bytes = limit_bytes
+
+
+class RequestTimeout(InvalidInput):
+    """A request's body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class UnknownModel(InvalidInput):
+    """No machine has a model of this name."""
+
+    status = 404
+    code = "model_not_found"
+    exit_code = 4
+
+    def __init__(self, model: str, near: Sequence[str] = (), installed: Sequence[str] = ()) -> None:
+        shown = model if len(model) <= 120 else model[:117] + "..."
+        parts = [f"The model {shown!r} is not installed on any machine"]
+        if near:
+            parts.append("Did you mean " + " or ".join(repr(name) for name in near) + "?")
+        parts.append("Installed: " + (", ".join(installed) if installed else "none"))
+        super().__init__(". ".join(parts), hint="rbee model add FILE", param="model")
+        self.model = model
+
+
+class NotFound(InvalidInput):
+    """Nothing lives under this address or name."""
+
+    status = 404
+    code = "not_found"
+    exit_code = 4
+
+
+class MethodNotAllowed(InvalidInput):
+    """An address exists but does not take this method; `allowed` are those it takes."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"{method} is not allowed on {path}; it takes {', '.join(allowed)}")
+        self.allowed = tuple(allowed)
+
+
+class NotSupported(InvalidInput):
+    """A model, an engine or an endpoint cannot do what was asked."""
+
+    code = "not_supported"
+
+
+class InvalidModelFile(InvalidInput):
+    """A model file is none, is damaged, or claims what its bytes do not hold."""
+
+    code = "invalid_model_file"
+
+
+class InvalidScript(InvalidInput):
+    """A routing script does not compile or has no entry function."""
+
+    code = "invalid_script"
+
+
+class AccessDenied(RbeeError):
+    """A request has no key, a wrong one, or one without the needed scope."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+    exit_code = 5
+
+
+class Forbidden(AccessDenied):
+    """A valid key, or the caller's origin, may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class Busy(RbeeError):
+    """There is no room at the moment; `retry_after_s` says when to ask again."""
+
+    status = 503
+    type = "server_error"
+    code = "busy"
+    exit_code = 6
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class Refused(Busy):
+    """The routing script turned a job away."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "refused_by_script"
+
+
+class ShuttingDown(Busy):
+    """This program is about to end."""
+
+    code = "shutting_down"
+
+
+class Lost(RbeeError):
+    """Something that was needed went away; the same request may work when it is back."""
+
+    status = 502
+    code = "upstream_lost"
+    exit_code = 3
+
+
+class WorkerLost(Lost):
+    """A worker died or closed the connection before the answer was whole."""
+
+    code = "worker_lost"
+
+
+class Unreachable(Lost):
+    """A queen, hive or worker does not answer at its address."""
+
+    code = "unreachable"
+
+
+class TimedOut(Lost):
+    """An answer did not come within its limit."""
+
+    status = 504
+    code = "timeout"
+
+
+class SetupProblem(RbeeError):
+    """A machine or its configuration has to be put right first."""
+
+    code = "setup_problem"
+
+
+class PortInUse(SetupProblem):
+    """Another program listens on the port."""
+
+    code = "port_in_use"
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(
+            f"Port {port} on {host} is in use by another program",
+            hint=f"another --port, or find it with: ss -ltnp 'sport = :{port}'",
+        )
+
+
+class PluginProblem(SetupProblem):
+    """A worker plugin cannot be imported, or is not installed."""
+
+    code = "plugin_problem"
+
+
+class LoadFailed(SetupProblem):
+    """An engine could not load a model."""
+
+    status = 503
+    code = "load_failed"

@@ -1,0 +1,277 @@
+"""Reads a GGUF file's claims as a model: its architecture, its sizes, its tokenizer, what it can be used for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NoReturn, TypedDict
+
+from rbee.formats.gguf import KEPT_STRING_BYTES, STRING, ArrayAt, Gguf, strings_of
+from rbee.formats.reading import Bytes, LeftOut, ModelFile, shown
+from rbee.formats.tensor_types import FILE_TYPES
+from rbee.plugin import Capability
+
+MAX_BLOCKS = 512
+MAX_CONTEXT_TOKENS = 16_777_216
+MAX_WIDTH = 1_048_576
+MAX_HEADS = 65_536
+MAX_EXPERTS = 4096
+MAX_VOCABULARY = 1_048_576
+MAX_TOKEN_BYTES = 64 * 1024
+MAX_NAME_LENGTH = 1024
+_FIRST_KEY_AT = 24
+_RANK = 4
+_BYTE_TYPE = 6
+_BYTE_TOKEN = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
+_TOKENIZER = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+
+_EMBEDDING = frozenset({
+    "bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "modern-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
+    "gemma-embedding", "llama-embed", "t5encoder",
+})  # fmt: skip
+_IMAGE = frozenset({
+    "flux", "sd1", "sd2", "sd3", "sdxl", "aura", "lumina2", "hidream", "qwen_image", "chroma", "pixart",
+})  # fmt: skip
+_VIDEO = frozenset({"cosmos", "hyvid", "ltxv", "wan"})
+_PARTS = frozenset({"adapter", "mmproj", "imatrix", "vocab"})
+"""Values of general.type for files that are a part of a model or say something about one."""
+
+
+class Sizes(TypedDict):
+    """The fields of `ModelFile` that an engine's memory follows from."""
+
+    context_tokens: int
+    embedding_length: int
+    block_count: int
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    value_length: int
+    kv_elements_per_token: int
+
+
+def model_of(file: Bytes, gguf: Gguf, parts: Sequence[Gguf], size_bytes: int) -> ModelFile:
+    """Check what a GGUF file claims as a model and return it; `parts` are all files of a split one."""
+    claims = _Claims(file, gguf)
+    architecture = claims.text("general.architecture", required=True)
+    capabilities = _capabilities(claims, architecture)
+    texts = bool(capabilities) and not set(capabilities) & {Capability.IMAGE, Capability.VIDEO}
+    sizes = _sizes(claims, architecture, required=texts)
+    vocabulary = _check_tokenizer(claims, required=texts)
+    if texts and not gguf.tensors:
+        file.refuse(
+            "the file has no tensors",
+            at=8,
+            hint="the whole model; this one has a vocabulary or a header only",
+        )
+    return ModelFile(
+        path=file.path,
+        format="gguf",
+        size_bytes=size_bytes,
+        name=claims.text("general.name"),
+        architecture=architecture,
+        parameters=sum(tensor.elements for part in parts for tensor in part.tensors),
+        quantization=_quantization(gguf, parts),
+        capabilities=capabilities,
+        chat_template=_chat_template(claims),
+        vocabulary_size=vocabulary,
+        license=claims.text("general.license"),
+        metadata=MappingProxyType(gguf.metadata),
+        **sizes,
+    )
+
+
+class _Claims:
+    """Asks for one key at a time, and refuses a value of the wrong type or out of bounds."""
+
+    def __init__(self, file: Bytes, gguf: Gguf) -> None:
+        self.file = file
+        self.gguf = gguf
+
+    def refuse(self, key: str, what: str) -> NoReturn:
+        self.file.refuse(f"{key} {what}", at=self.gguf.at.get(key, _FIRST_KEY_AT))
+
+    def text(self, key: str, *, required: bool = False) -> str:
+        """Return a text in one line; empty when it is absent or too long to be a name."""
+        value = self.gguf.metadata.get(key)
+        if not isinstance(value, str | LeftOut | None):
+            self.refuse(key, f"is a {self.gguf.types[key]}; it must be a string")
+        usable = isinstance(value, str) and len(value) <= MAX_NAME_LENGTH
+        if required and not (usable and value and str(value).isprintable()):
+            self.refuse(key, "is missing" if value is None else "is not one printable word")
+        return " ".join(str(value).split()) if usable else ""
+
+    def number(self, key: str, low: int, high: int, *, required: bool = False) -> int:
+        """Return an integer within bounds; 0 when the key is absent and not required."""
+        value = self.gguf.metadata.get(key)
+        if value is None:
+            return self.refuse(key, "is missing") if required else 0
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.refuse(key, f"is a {self.gguf.types[key]}; it must be an integer")
+        if not low <= value <= high:
+            self.refuse(key, f"is {value}; {low} to {high} are allowed")
+        return value
+
+    def numbers(self, key: str, blocks: int, high: int) -> tuple[int, ...]:
+        """Return one integer per block, from an array or from one number that holds for all; () when absent."""
+        value = self.gguf.metadata.get(key)
+        if not isinstance(value, tuple | LeftOut):
+            return (self.number(key, 0, high),) * blocks if value is not None else ()
+        if isinstance(value, LeftOut) or any(isinstance(one, bool) or not isinstance(one, int) for one in value):
+            self.refuse(
+                key,
+                f"is an {self.gguf.types[key]}; it must hold one integer for each of {blocks} blocks",
+            )
+        if len(value) != blocks or not all(0 <= int(one) <= high for one in value):
+            self.refuse(key, f"must hold {blocks} integers from 0 to {high}, one for each block")
+        return tuple(int(one) for one in value)
+
+
+def _capabilities(claims: _Claims, architecture: str) -> tuple[str, ...]:
+    if architecture == "clip" or claims.text("general.type") in _PARTS:
+        return ()
+    for group, capability in ((_IMAGE, Capability.IMAGE), (_VIDEO, Capability.VIDEO)):
+        if architecture in group:
+            return (capability.value,)
+    pooling = claims.number(f"{architecture}.pooling_type", 0, _RANK)
+    heads = {"cls.output.weight", "cls.weight"}
+    if pooling == _RANK or (architecture in _EMBEDDING and any(tensor.name in heads for tensor in claims.gguf.tensors)):
+        return (Capability.RERANK.value,)
+    if architecture in _EMBEDDING or pooling:
+        return (Capability.EMBEDDING.value,)
+    return (Capability.CHAT.value, Capability.COMPLETION.value)
+
+
+def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
+    """Check the numbers from which an engine computes its buffers."""
+
+    def number(key: str, high: int, *, low: int = 1, needed: bool = False) -> int:
+        return claims.number(f"{architecture}.{key}", low, high, required=needed and required)
+
+    blocks = number("block_count", MAX_BLOCKS, needed=True)
+    width = number("embedding_length", MAX_WIDTH, needed=True)
+    context = number("context_length", MAX_CONTEXT_TOKENS, needed=True)
+    experts = number("expert_count", MAX_EXPERTS, low=0)
+    number("expert_used_count", experts, low=0)
+    number("rope.dimension_count", MAX_WIDTH, low=0)
+    claims.numbers(f"{architecture}.feed_forward_length", blocks, MAX_WIDTH)
+    heads = claims.numbers(f"{architecture}.attention.head_count", blocks, MAX_HEADS)
+    heads_kv = claims.numbers(f"{architecture}.attention.head_count_kv", blocks, MAX_HEADS) or heads
+    for index, (all_heads, kv) in enumerate(zip(heads, heads_kv, strict=False)):
+        if kv and all_heads % kv:
+            claims.refuse(
+                f"{architecture}.attention.head_count_kv",
+                f"is {kv} in block {index}, which does not divide {all_heads}",
+            )
+    default = width // max((*heads, 1)) if any(heads) else 0
+    key_length = number("attention.key_length", MAX_WIDTH) or default
+    value_length = number("attention.value_length", MAX_WIDTH) or default
+    return Sizes(
+        context_tokens=context,
+        embedding_length=width,
+        block_count=blocks,
+        head_count=max((*heads, 0)),
+        head_count_kv=max((*heads_kv, 0)),
+        key_length=key_length,
+        value_length=value_length,
+        kv_elements_per_token=sum(heads_kv) * (key_length + value_length),
+    )
+
+
+def _quantization(gguf: Gguf, parts: Sequence[Gguf]) -> str:
+    """Name the mixture that the file claims, or the type that most bytes have."""
+    claimed = gguf.metadata.get("general.file_type")
+    if isinstance(claimed, int) and claimed in FILE_TYPES:
+        return FILE_TYPES[claimed]
+    bytes_of: dict[str, int] = {}
+    for part in parts:
+        for tensor in part.tensors:
+            bytes_of[tensor.type.name] = bytes_of.get(tensor.type.name, 0) + tensor.size_bytes
+    return max(bytes_of, key=lambda name: bytes_of[name], default="")
+
+
+def _chat_template(claims: _Claims) -> str | None:
+    """Return the default chat template; refuse one, default or named, that is too long to be one."""
+    for key in claims.gguf.types:
+        value = claims.gguf.metadata[key]
+        if key.startswith(_TEMPLATE) and isinstance(value, LeftOut) and value.type == "string":
+            claims.refuse(key, f"has {value.length} bytes; {KEPT_STRING_BYTES} are allowed")
+    template = claims.gguf.metadata.get(_TEMPLATE)
+    if template is not None and not isinstance(template, str):
+        claims.refuse(_TEMPLATE, f"is a {claims.gguf.types[_TEMPLATE]}; it must be a string")
+    return template
+
+
+def _check_tokenizer(claims: _Claims, *, required: bool) -> int:
+    """Check that the tokenizer's arrays agree; return the number of tokens."""
+    kind = claims.text(_TOKENIZER + "model", required=required)
+    if not kind or kind in ("none", "no_vocab"):
+        return 0
+    tokens = claims.gguf.arrays.get(_TOKENIZER + "tokens")
+    if tokens is None or tokens.element != STRING:
+        claims.refuse(_TOKENIZER + "tokens", "must be an array of strings")
+    if not 0 < tokens.length <= MAX_VOCABULARY:
+        claims.refuse(_TOKENIZER + "tokens", f"has {tokens.length} tokens; 1 to {MAX_VOCABULARY} are allowed")
+    _check_array(claims, _TOKENIZER + "scores", ("float32", "int32"), tokens.length)
+    _check_array(claims, _TOKENIZER + "token_type", ("int32",), tokens.length)
+    _check_array(claims, _TOKENIZER + "merges", ("string",), None)
+    _check_array(claims, _TOKENIZER + "precompiled_charsmap", ("int8", "uint8"), None)
+    _check_tokens(claims, tokens)
+    return tokens.length
+
+
+def _check_array(claims: _Claims, key: str, types: tuple[str, ...], length: int | None) -> None:
+    if key not in claims.gguf.types:
+        return
+    if claims.gguf.types[key] not in {f"array of {name}" for name in types}:
+        claims.refuse(key, f"is an {claims.gguf.types[key]}; it must be an array of {' or '.join(types)}")
+    if length is not None and claims.gguf.arrays[key].length != length:
+        claims.refuse(key, f"has {claims.gguf.arrays[key].length} elements for {length} tokens")
+
+
+def _check_tokens(claims: _Claims, tokens: ArrayAt) -> None:
+    """Refuse a token that occurs twice, and a byte token that names no byte: llama.cpp ends the process at either.
+
+    A bitmap marks each token's hash; only tokens that meet a marked bit are compared as text in a second pass. So the
+    memory is at most 16 MiB plus a few thousand tokens, whatever the file claims, where a set of all tokens takes 100 MiB.
+    """
+    byte_tokens = _byte_tokens(claims, tokens.length)
+    mask = (1 << max(16, (64 * tokens.length).bit_length())) - 1
+    seen = bytearray((mask + 1) >> 3)
+    suspects: set[int] = set()
+    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
+        if index in byte_tokens and not _BYTE_TOKEN.fullmatch(token):
+            claims.refuse(
+                _TOKENIZER + "tokens",
+                f"has the byte token {index}, {shown(token)}, which names no byte",
+            )
+        place = hash(token) & mask
+        if seen[place >> 3] >> (place & 7) & 1 and token:
+            suspects.add(place)
+        seen[place >> 3] |= 1 << (place & 7)
+    if suspects:
+        _refuse_twins(claims, tokens, suspects, mask)
+
+
+def _byte_tokens(claims: _Claims, length: int) -> frozenset[int]:
+    types = claims.gguf.arrays.get(_TOKENIZER + "token_type")
+    if types is None:
+        return frozenset()
+    claims.file.at = types.offset
+    numbers = memoryview(claims.file.take(4 * length, "the token types")).cast("i")
+    return frozenset(index for index, number in enumerate(numbers) if number == _BYTE_TYPE)
+
+
+def _refuse_twins(claims: _Claims, tokens: ArrayAt, suspects: set[int], mask: int) -> None:
+    first: dict[bytes, int] = {}
+    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
+        if not token or hash(token) & mask not in suspects:
+            continue
+        if token in first:
+            claims.refuse(
+                _TOKENIZER + "tokens",
+                f"has {shown(token)} twice, as tokens {first[token]} and {index}",
+            )
+        first[token] = index

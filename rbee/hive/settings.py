@@ -1,0 +1,61 @@
+"""What a hive is told at its start."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rbee.errors import InvalidRequest
+
+DEFAULT_PORT = 7835
+LOAD_LIMIT_S = 600.0
+HIVE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings. `worker_command` is what runs `rbee.worker`; its arguments follow."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    queen_url: str = ""
+    name: str = ""
+    token_file: Path | None = None
+    parent_pid: int = 0
+    ephemeral: bool = False
+    worker_command: tuple[str, ...] = field(default_factory=lambda: (sys.executable, "-m", "rbee.worker"))
+    load_limit_s: float = LOAD_LIMIT_S
+    """How long a worker may load its model before it is ended."""
+
+    @classmethod
+    def checked(cls, **values: Any) -> Settings:
+        """Return settings, the name filled in. Raises: InvalidRequest."""
+        settings = cls(**{**values, "name": values.get("name") or local_name(socket.gethostname())})
+        if not HIVE_NAME.fullmatch(settings.name):
+            raise InvalidRequest(f"--name {settings.name!r} is not a host name", hint="a-z, 0-9, '-' and '.'")
+        if not 0 <= settings.port <= 65535:
+            raise InvalidRequest(f"--port {settings.port} is not between 0 and 65535")
+        if settings.queen_url and not settings.queen_url.startswith(("http://", "https://")):
+            raise InvalidRequest(f"--queen {settings.queen_url!r} is no URL", hint="http://127.0.0.1:7833")
+        return settings
+
+    @property
+    def drain_limit_s(self) -> float:
+        """How long running jobs may take to end when the hive stops."""
+        return 1.0 if self.ephemeral else 8.0
+
+    @property
+    def dialled_host(self) -> str:
+        """The name under which others reach `host`: a wildcard address cannot be dialled from elsewhere."""
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        return f"[{host}]" if ":" in host else host
+
+
+def local_name(host_name: str) -> str:
+    """Return a machine's name for the fleet: its short host name, lowercase and safe, or "localhost"."""
+    short = re.sub(r"[^a-z0-9-]+", "-", host_name.split(".")[0].lower()).strip("-")
+    return short[:63] or "localhost"

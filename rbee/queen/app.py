@@ -1,0 +1,155 @@
+"""The queen's web application: its parts are put together and its routes stand on one page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import falcon
+
+from rbee.errors import Busy, MethodNotAllowed, NotFound, RbeeError
+from rbee.queen import openai, orchestrator
+from rbee.queen.access import Access
+from rbee.queen.admission import Admission
+from rbee.queen.client_watch import ClientGone
+from rbee.queen.dispatch import Dispatch
+from rbee.queen.fleet import Fleet
+from rbee.queen.jobs import Jobs
+from rbee.queen.keys import KeyStore
+from rbee.queen.loads import Loads
+from rbee.queen.metrics import Metrics
+from rbee.queen.relay import Relay
+from rbee.queen.routing import Routing
+from rbee.queen.script import RoutingScript
+from rbee.queen.settings import Settings
+from rbee.wire.errors import encode_error
+from rbee.wire.openai import REQUESTS
+
+log = logging.getLogger("rbee.queen")
+
+
+@dataclass
+class Queen:
+    """The parts of one server process."""
+
+    settings: Settings
+    fleet: Fleet
+    script: RoutingScript
+    access: Access
+    admission: Admission
+    jobs: Jobs
+    metrics: Metrics
+    draining_since: Callable[[], float | None]
+    started_at: float
+    master_pid: int
+
+
+def create_queen(settings: Settings, *, draining_since: Callable[[], float | None] = lambda: None) -> Queen:
+    """Make the parts and introduce them to each other."""
+    fleet = Fleet(settings.fleet_path, settings.hive_token)
+    metrics = Metrics(fleet)
+    script = RoutingScript(settings.script_path)
+    script.reload()
+    admission = Admission(settings.max_in_flight, script, metrics)
+    jobs = Jobs(
+        admission,
+        Routing(fleet, script, choice_timeout_s=settings.choice_timeout_s),
+        Dispatch(
+            fleet,
+            Loads(fleet, timeout_s=settings.load_timeout_s),
+            first_byte_timeout_s=settings.first_byte_timeout_s,
+        ),
+        Relay(
+            metrics,
+            ping_s=settings.ping_s,
+            silence_timeout_s=settings.silence_timeout_s,
+            drain_s=settings.drain_s,
+            draining_since=draining_since,
+        ),
+        metrics,
+    )
+    access = Access(settings, KeyStore(settings.keys_path))
+    return Queen(settings, fleet, script, access, admission, jobs, metrics, draining_since, time.time(), os.getppid())
+
+
+def create_app(queen: Queen) -> falcon.App[falcon.Request, falcon.Response]:
+    """Return the WSGI application."""
+    app = falcon.App()
+    app.add_error_handler(Exception, _unexpected)
+    app.add_error_handler(falcon.HTTPError, _refused_by_falcon)
+    app.add_error_handler(RbeeError, _refused(queen))
+    app.add_error_handler(ClientGone, _nobody_waits)
+
+    for path in REQUESTS:
+        app.add_route(path, openai.Inference(queen, path))
+    app.add_route("/v1/models", openai.Models(queen))
+    app.add_route("/v1/models/{name}", openai.Model(queen))
+    app.add_route("/health", openai.Health(queen))
+    app.add_route("/metrics", openai.MetricsPage(queen))
+    app.add_route("/openapi.json", openai.Schema(queen))
+
+    app.add_route("/v1/orchestrator/status", orchestrator.Status(queen))
+    app.add_route("/v1/orchestrator/hive-report", orchestrator.Reports(queen))
+    app.add_route("/v1/orchestrator/worker-ready", orchestrator.ReadyWorkers(queen))
+    app.add_route("/v1/orchestrator/shutdown", orchestrator.Shutdown(queen))
+    app.add_route("/v1/hives", orchestrator.Hives(queen))
+    app.add_route("/v1/hives/{hive}/workers", orchestrator.Workers(queen))
+    app.add_route("/v1/hives/{hive}/workers/{name}", orchestrator.Worker(queen))
+    app.add_route("/v1/hives/{hive}/workers/{name}/log", orchestrator.WorkerLog(queen))
+    app.add_route("/v1/hives/{hive}/models", orchestrator.HiveModels(queen))
+    app.add_route("/v1/hives/{hive}/models/{name}", orchestrator.HiveModel(queen))
+    return app
+
+
+ErrorHandler = Callable[[falcon.Request, falcon.Response, BaseException, dict[str, object]], None]
+
+
+def _refused(queen: Queen) -> ErrorHandler:
+    def handle(req: falcon.Request, resp: falcon.Response, problem: BaseException, params: dict[str, object]) -> None:
+        assert isinstance(problem, RbeeError)
+        queen.metrics.refused(problem.status)
+        _answer(req, resp, problem)
+
+    return handle
+
+
+def _refused_by_falcon(
+    req: falcon.Request, resp: falcon.Response, problem: BaseException, params: dict[str, object]
+) -> None:
+    """Put what Falcon itself refuses (an unknown path, a wrong method) into OpenAI's form."""
+    assert isinstance(problem, falcon.HTTPError)
+    if isinstance(problem, falcon.HTTPMethodNotAllowed):
+        allowed = dict(problem.headers or {})["Allow"].split(", ")
+        _answer(req, resp, MethodNotAllowed(req.method, req.path, allowed))
+    elif isinstance(problem, falcon.HTTPNotFound):
+        _answer(req, resp, NotFound(f"There is nothing at {req.path[:200]}", hint="the paths in /openapi.json"))
+    else:
+        error = RbeeError(problem.description or problem.title or "The request was refused")
+        error.status, error.type, error.code = problem.status_code, "invalid_request_error", "invalid_request"  # type: ignore[misc]
+        _answer(req, resp, error)
+
+
+def _unexpected(req: falcon.Request, resp: falcon.Response, problem: BaseException, params: dict[str, object]) -> None:
+    log.error("%s %s failed", req.method, req.path, exc_info=problem)
+    _answer(req, resp, RbeeError("An internal error occurred; the queen's log has the details"))
+
+
+def _nobody_waits(
+    req: falcon.Request, resp: falcon.Response, problem: BaseException, params: dict[str, object]
+) -> None:
+    resp.status = "499 Client Closed Request"
+
+
+def _answer(req: falcon.Request, resp: falcon.Response, problem: RbeeError) -> None:
+    resp.status = problem.status
+    resp.data = encode_error(problem, anthropic=req.path.startswith("/v1/messages"))
+    resp.content_type = "application/json"
+    if isinstance(problem, MethodNotAllowed):
+        resp.set_header("Allow", ", ".join(problem.allowed))
+    if isinstance(problem, Busy):
+        resp.set_header("Retry-After", str(max(1, round(problem.retry_after_s))))
+    if problem.status == 401:
+        resp.set_header("WWW-Authenticate", 'Bearer realm="rbee"')

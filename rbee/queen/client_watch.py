@@ -1,0 +1,67 @@
+"""Notice at once that a client has left, without writing to it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from gevent import get_hub
+from gevent.event import Event
+
+READ = 1
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody waits for this job's answer."""
+
+
+class ClientWatch:
+    """Watches the socket of one request from the event loop.
+
+    The kernel reports the end of a connection as something to read. Bytes of a next, pipelined request look the same,
+    and end the watch: whoever sends ahead is still there.
+    """
+
+    def __init__(self, sock: socket.socket | None) -> None:
+        self.gone = Event()
+        self._sock = sock
+        self._on_gone: Callable[[], None] | None = None
+        self._io: Any = None
+        if sock is not None:
+            self._io = get_hub().loop.io(sock.fileno(), READ)
+            self._io.start(self._readable)
+
+    def check(self) -> None:
+        """Raise ClientGone when the client has left."""
+        if self.gone.is_set():
+            raise ClientGone
+
+    def call_when_gone(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called in the event loop when the client leaves; it must not wait for anything."""
+        self._on_gone = callback
+        if callback is not None and self.gone.is_set():
+            callback()
+
+    def close(self) -> None:
+        """End the watch. The socket may carry a next request after this."""
+        self._on_gone = None
+        if self._io is not None:
+            self._io.stop()
+            self._io.close()
+            self._io = None
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        try:
+            ended = socket.socket.recv(self._sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return
+        except OSError:
+            ended = True
+        callback = self._on_gone
+        self.close()
+        if ended:
+            self.gone.set()
+            if callback is not None:
+                callback()

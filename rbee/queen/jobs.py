@@ -1,0 +1,55 @@
+"""One job from the request to its last byte: admit → rank → dispatch → relay.
+
+Admission, routing and dispatch do not know each other; they meet here. Values go down, errors go up, bytes flow back.
+"""
+
+from __future__ import annotations
+
+from rbee.errors import Lost
+from rbee.queen.admission import Admission, Place
+from rbee.queen.dispatch import Dispatch
+from rbee.queen.job import Job, Reply
+from rbee.queen.metrics import Metrics
+from rbee.queen.relay import Relay
+from rbee.queen.routing import Routing
+
+ATTEMPTS = 2
+"""A job is sent again only while the client has seen nothing of an answer, and once."""
+
+
+class Jobs:
+    """The middle of the queen."""
+
+    def __init__(
+        self, admission: Admission, routing: Routing, dispatch: Dispatch, relay: Relay, metrics: Metrics
+    ) -> None:
+        self._admission = admission
+        self._routing = routing
+        self._dispatch = dispatch
+        self._relay = relay
+        self._metrics = metrics
+
+    def run(self, job: Job) -> Reply:
+        """Take a job through its life and return its reply once the first bytes are here.
+
+        Raises: RbeeError of every family; ClientGone when nobody waits for the answer any more.
+        """
+        place = self._admission.admit(job)
+        try:
+            return self._attempt(job, place)
+        except BaseException as problem:
+            place.leave(problem)
+            raise
+
+    def _attempt(self, job: Job, place: Place) -> Reply:
+        while True:
+            job.attempts += 1
+            try:
+                ranked = self._routing.rank(job)
+                exchange = self._dispatch.send(job, ranked)
+                return self._relay.reply(job, exchange, place)
+            except Lost:
+                job.client.check()
+                if job.attempts >= ATTEMPTS:
+                    raise
+                self._metrics.retried(job)

@@ -1,0 +1,93 @@
+"""Start workers: one start for all the jobs that want it, and it outlives the job that asked first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+import gevent
+from gevent.event import Event
+
+from rbee.errors import LoadFailed, RbeeError, TimedOut
+from rbee.queen.fleet import Candidate, Fleet, Worker
+from rbee.queen.job import Job
+from rbee.wire.fleet import HiveReport, SpawnWorker, WorkerReport, WorkerState
+
+log = logging.getLogger("rbee.queen.loads")
+
+LOOK_EVERY_S = 5.0
+
+
+@dataclass
+class Load:
+    """One start of a worker; `done` is set when it is ready or has failed."""
+
+    done: Event = field(default_factory=Event)
+    worker: Worker | None = None
+    problem: RbeeError | None = None
+
+
+class Loads:
+    """The starts under way, by what is started."""
+
+    def __init__(self, fleet: Fleet, *, timeout_s: float) -> None:
+        self._fleet = fleet
+        self._timeout_s = timeout_s
+        self._under_way: dict[str, Load] = {}
+
+    def wait(self, job: Job, candidate: Candidate) -> Worker:
+        """Return the ready worker of a place, starting it when nobody does already.
+
+        Raises: LoadFailed, TimedOut, Unreachable, ClientGone.
+        """
+        load = self._under_way.get(candidate.id)
+        if load is None:
+            load = self._under_way[candidate.id] = Load()
+            gevent.spawn(self._run, load, candidate)
+        gevent.wait([load.done, job.client.gone], count=1)
+        job.client.check()
+        if load.problem:
+            raise load.problem
+        assert load.worker is not None
+        return load.worker
+
+    def _run(self, load: Load, candidate: Candidate) -> None:
+        try:
+            load.worker = self._start(candidate)
+        except RbeeError as problem:
+            load.problem = problem
+        except Exception as problem:
+            log.exception("starting %s", candidate.id)
+            load.problem = LoadFailed(f"{candidate.id} could not be started ({problem})")
+        finally:
+            del self._under_way[candidate.id]
+            load.done.set()
+
+    def _start(self, candidate: Candidate) -> Worker:
+        hive = self._fleet.hive(candidate.hive)
+        if candidate.worker is not None:
+            return self._until_ready(candidate.hive, candidate.worker.report)
+        wanted = SpawnWorker(model=candidate.model.name, backend=candidate.engine.name, device=candidate.device)
+        started = hive.client.post("/v1/workers", wanted, WorkerReport)
+        log.info("%s starts %s with %s", candidate.hive, candidate.model.name, candidate.engine.name)
+        return self._until_ready(candidate.hive, started)
+
+    def _until_ready(self, hive_name: str, started: WorkerReport) -> Worker:
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            changed = self._fleet.changed
+            worker = self._fleet.hive(hive_name).workers.get(started.name)
+            # What is known may be an earlier worker of this name, until the hive reports this one.
+            if worker is not None and worker.report.started_at >= started.started_at:
+                if worker.ready:
+                    return worker
+                if worker.report.state in (WorkerState.FAILED, WorkerState.STOPPED):
+                    raise LoadFailed(f"{worker.id} did not start: {worker.report.reason or worker.report.state}")
+            if not changed.wait(LOOK_EVERY_S):
+                self._look(hive_name)
+        raise TimedOut(f"{hive_name}/{started.name} was not ready within {self._timeout_s:g} s")
+
+    def _look(self, hive_name: str) -> None:
+        """Ask a hive that has been silent; a report may have been lost."""
+        self._fleet.learn(self._fleet.hive(hive_name).client.get("/v1/hive", HiveReport))

@@ -1,0 +1,118 @@
+"""The queen's Prometheus metrics."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from rbee import __version__
+from rbee.errors import RbeeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rbee.queen.fleet import Fleet
+    from rbee.queen.job import Job
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+USAGE = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
+
+
+class Metrics:
+    """Counts jobs. Labels are endpoints, models that exist, and outcomes: a bounded set, whatever clients send."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.registry = CollectorRegistry()
+        self._jobs = Counter("rbee_jobs", "Jobs that ended.", ["endpoint", "model", "outcome"], registry=self.registry)
+        self._in_flight = Gauge("rbee_jobs_in_flight", "Jobs in the queen at present.", registry=self.registry)
+        self._retries = Counter("rbee_job_retries", "Jobs sent to a second worker.", registry=self.registry)
+        self._broken = Counter(
+            "rbee_streams_broken", "Streams that ended with an error event.", ["code"], registry=self.registry
+        )
+        self._tokens = Counter(
+            "rbee_tokens", "Tokens read and written.", ["model", "direction"], registry=self.registry
+        )
+        self._first = Histogram(
+            "rbee_time_to_first_byte_seconds",
+            "From a request to the first byte of its answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "rbee_job_duration_seconds",
+            "From a request to the end of its answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "rbee_requests_refused", "Requests refused before they were a job.", ["status"], registry=self.registry
+        )
+        Gauge("rbee_build_info", "The version that runs.", ["version"], registry=self.registry).labels(__version__).set(
+            1
+        )
+        self.registry.register(_FleetCollector(fleet))
+
+    def started(self, job: Job) -> None:
+        """Count a job in."""
+        self._in_flight.inc()
+
+    def first_byte(self, job: Job) -> None:
+        """Note how long a job waited for its answer to begin."""
+        self._first.labels(job.path).observe(time.monotonic() - job.received_at)
+
+    def ended(self, job: Job, outcome: str) -> None:
+        """Count a job out. `outcome` is ok, cancelled, or an error's code."""
+        self._in_flight.dec()
+        model = job.request.model if job.worker_id else "none"
+        self._jobs.labels(job.path, model, outcome).inc()
+        self._duration.labels(job.path).observe(time.monotonic() - job.received_at)
+
+    def retried(self, job: Job) -> None:
+        """Count a second attempt."""
+        self._retries.inc()
+
+    def broken(self, job: Job, problem: RbeeError) -> None:
+        """Count a stream that could not be ended well."""
+        self._broken.labels(problem.code or "error").inc()
+
+    def refused(self, status: int) -> None:
+        """Count a request that never became a job."""
+        self._refused.labels(str(status)).inc()
+
+    def count_usage(self, job: Job, data: bytes) -> None:
+        """Read the usage from the end of an answer, where engines put it."""
+        for name, value in dict(USAGE.findall(data[-8192:])).items():
+            direction = "in" if name in (b"prompt_tokens", b"input_tokens") else "out"
+            self._tokens.labels(job.request.model, direction).inc(int(value))
+
+    def render(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _FleetCollector(Collector):
+    """Reads the fleet when Prometheus asks."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        hives = GaugeMetricFamily("rbee_hive_up", "1 while a hive reports.", labels=["hive"])
+        workers = GaugeMetricFamily(
+            "rbee_worker_state", "1 for the state a worker is in.", labels=["hive", "worker", "model", "state"]
+        )
+        busy = GaugeMetricFamily("rbee_worker_jobs", "Jobs at a worker.", labels=["hive", "worker", "model"])
+        for name, hive in self._fleet.hives.items():
+            hives.add_metric([name], 0 if hive.lost else 1)
+            for worker in hive.workers.values():
+                labels = [name, worker.report.name, worker.report.model]
+                workers.add_metric([*labels, str(worker.report.state)], 1)
+                busy.add_metric(labels, worker.in_flight)
+        yield from (hives, workers, busy)

@@ -1,0 +1,175 @@
+"""The control of the fleet: what hives report here, and what the person asks of hives through the queen."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import falcon
+import gevent
+import msgspec
+
+from rbee import __version__
+from rbee.errors import RbeeError
+from rbee.queen import body
+from rbee.wire.fleet import AddModel, HiveReport, ModelReport, Problem, QueenStatus, SpawnWorker, WorkerReport
+
+if TYPE_CHECKING:
+    from rbee.queen.app import Queen
+
+CALL_TIMEOUT_S = 30.0
+
+
+class Resource:
+    """What the resources below share."""
+
+    def __init__(self, queen: Queen) -> None:
+        self._queen = queen
+
+
+class Status(Resource):
+    """Everything there is to know about this queen."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._queen.access.operator(req.env)
+        resp.data = msgspec.json.encode(status(self._queen))
+
+
+def status(queen: Queen) -> QueenStatus:
+    """Return the queen's state as it may be shown to its operator."""
+    queen.script.follow()
+    return QueenStatus(
+        version=__version__,
+        pid=queen.master_pid,
+        url=f"http://{queen.settings.host}:{queen.settings.port}",
+        started_at=queen.started_at,
+        draining=queen.draining_since() is not None,
+        in_flight=queen.admission.in_flight,
+        scheduler=queen.script.source,
+        scheduler_error=queen.script.error,
+        hives=queen.fleet.views(),
+        problems=list(_problems(queen)),
+    )
+
+
+def _problems(queen: Queen) -> list[Problem]:
+    problems = []
+    if queen.script.error:
+        problems.append(Problem(where="scheduler", message=queen.script.error))
+    for name, hive in sorted(queen.fleet.hives.items()):
+        if hive.lost:
+            problems.append(Problem(where=name, message="This hive does not report any more"))
+        for worker in hive.workers.values():
+            if worker.report.reason:
+                problems.append(Problem(where=worker.id, message=worker.report.reason, since=worker.report.since))
+    return problems
+
+
+class Reports(Resource):
+    """Where hives report."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._queen.access.hive(req.env)
+        self._queen.fleet.learn(body.read_json(req, HiveReport))
+        resp.data = b"{}"
+
+
+class ReadyWorkers(Resource):
+    """Where a hive tells of a worker that has become ready."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._queen.access.hive(req.env)
+        self._queen.fleet.learn_worker(req.get_header("X-Rbee-Hive") or "", body.read_json(req, WorkerReport))
+        resp.data = b"{}"
+
+
+class Shutdown(Resource):
+    """Let the running jobs end, then end."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._queen.access.operator(req.env)
+        # An idle queen has nothing to wait for; gunicorn looks for the end of jobs once a second.
+        ending = signal.SIGTERM if self._queen.admission.in_flight else signal.SIGQUIT
+        # After this answer is out.
+        gevent.spawn_later(0.05, os.kill, self._queen.master_pid, ending)
+        resp.status = 202
+        resp.data = msgspec.json.encode({"status": "draining", "in_flight": self._queen.admission.in_flight})
+
+
+class Hives(Resource):
+    """Every hive that reported."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        self._queen.access.operator(req.env)
+        resp.data = msgspec.json.encode(self._queen.fleet.views())
+
+
+class HiveCall(Resource):
+    """A call that the queen passes on to a hive, after which it asks for the hive's state."""
+
+    def _call(self, req: falcon.Request, hive: str, method: str, path: str, value: Any, type_: type[Any]) -> Any:
+        self._queen.access.operator(req.env)
+        client = self._queen.fleet.hive(hive).client
+        try:
+            answer = client.send(method, path, value, timeout_s=CALL_TIMEOUT_S)
+            return msgspec.json.decode(answer.read(timeout_s=CALL_TIMEOUT_S), type=type_)
+        finally:
+            self._look(hive)
+
+    def _look(self, name: str) -> None:
+        try:
+            hive = self._queen.fleet.hive(name)
+            self._queen.fleet.learn(hive.client.get("/v1/hive", HiveReport))
+        except RbeeError:
+            pass  # the call's own error says more
+
+
+class Workers(HiveCall):
+    """The workers of one hive."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, hive: str) -> None:
+        self._queen.access.operator(req.env)
+        wanted = body.read_json(req, SpawnWorker)
+        report = self._call(req, hive, "POST", "/v1/workers", wanted, WorkerReport)
+        resp.status = 202
+        resp.data = msgspec.json.encode(msgspec.structs.replace(report, access=None))
+
+
+class Worker(HiveCall):
+    """One worker."""
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, hive: str, name: str) -> None:
+        report = self._call(req, hive, "DELETE", f"/v1/workers/{quote(name, safe='')}", None, WorkerReport)
+        resp.data = msgspec.json.encode(msgspec.structs.replace(report, access=None))
+
+
+class WorkerLog(HiveCall):
+    """The last lines that a worker wrote."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, hive: str, name: str) -> None:
+        self._queen.access.operator(req.env)
+        lines = req.get_param_as_int("lines", min_value=1, max_value=10_000, default=100)
+        client = self._queen.fleet.hive(hive).client
+        answer = client.send("GET", f"/v1/workers/{quote(name, safe='')}/log?lines={lines}", timeout_s=CALL_TIMEOUT_S)
+        resp.content_type = "text/plain; charset=utf-8"
+        resp.data = answer.read(timeout_s=CALL_TIMEOUT_S)
+
+
+class HiveModels(HiveCall):
+    """The model files of one hive."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, hive: str) -> None:
+        self._queen.access.operator(req.env)
+        wanted = body.read_json(req, AddModel)
+        resp.status = 201
+        resp.data = msgspec.json.encode(self._call(req, hive, "POST", "/v1/models", wanted, ModelReport))
+
+
+class HiveModel(HiveCall):
+    """One model file."""
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, hive: str, name: str) -> None:
+        report = self._call(req, hive, "DELETE", f"/v1/models/{quote(name, safe='')}", None, ModelReport)
+        resp.data = msgspec.json.encode(report)

@@ -1,0 +1,251 @@
+"""The queen's processes: gunicorn's master, which also keeps this machine's hive, and the server process.
+
+master ─┬─ server process (gevent, Falcon)
+        └─ hive ── workers
+
+The master does nothing but this, so it survives what may happen to a server process, and a server process that is
+replaced costs no loaded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.ggevent import GeventWorker
+
+from rbee import __version__, paths
+from rbee.errors import InvalidInput, PortInUse, RbeeError, SetupProblem
+from rbee.lifeline import die_with_parent
+from rbee.queen.hive_process import HiveProcess
+from rbee.queen.settings import Settings
+from rbee.tokens import shared_token
+from rbee.wire.fleet import QueenRecord
+
+log = logging.getLogger("rbee.queen")
+
+RECORD = "queen.json"
+EPHEMERAL_PREFIX = "rbee-ephemeral-"
+
+
+def main() -> None:
+    """Run the queen in this process until it is told to stop."""
+    try:
+        settings = _settings(_arguments(sys.argv[1:]))
+        die_with_parent(settings.parent_pid, signal.SIGTERM)
+        run(settings)
+    except RbeeError as problem:
+        print(f"rbee: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
+
+
+def run(settings: Settings) -> None:
+    """Listen, keep a hive, serve. Returns by SystemExit. Raises: PortInUse, SetupProblem."""
+    assert monkey.is_module_patched("ssl"), "gevent must patch before anything else is imported"
+    _check_port(settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    QueenArbiter(QueenApplication(settings)).run()
+
+
+class QueenApplication(BaseApplication):
+    """Tells gunicorn how to run, and makes the application in the server process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        super().__init__()
+
+    def load_config(self) -> None:
+        settings = self.settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        values = {
+            "bind": f"{host}:{settings.port}",
+            "workers": 1,
+            "worker_class": ServerProcess,
+            "worker_connections": 1000,
+            "timeout": 30,
+            "graceful_timeout": round(settings.drain_s),
+            "keepalive": 75,
+            "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
+            "control_socket_disable": True,
+            "forwarded_allow_ips": "",
+            "limit_request_line": 4094,
+            "limit_request_fields": 64,
+            "loglevel": "warning",
+            "proc_name": "rbee-queen",
+        }
+        for name, value in values.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        """Make the application. Called in the server process, after the fork."""
+        from rbee.queen.app import create_app, create_queen
+
+        queen = create_queen(self.settings, draining_since=ServerProcess.draining_since)
+        gevent.spawn(queen.fleet.recall)
+        return create_app(queen)
+
+
+class QueenArbiter(Arbiter):
+    """gunicorn's master, with a hive beside the server process.
+
+    The hive is started from this process' only thread: the kernel ties a child's parent-death signal to the thread.
+    """
+
+    def __init__(self, app: QueenApplication) -> None:
+        self._application = app
+        self._hive: HiveProcess | None = None
+        super().__init__(app)
+
+    def start(self) -> None:
+        super().start()
+        settings = self._listening(self._application.settings)
+        self._application.settings = settings
+        _write_record(settings)
+        print(f"listening on http://{settings.host}:{settings.port}", flush=True)
+        if settings.run_hive:
+            self._hive = HiveProcess(settings)
+            self._hive.start()
+
+    def manage_workers(self) -> None:
+        """Called once a second, and after every signal."""
+        super().manage_workers()
+        if self._hive is not None:
+            self._hive.keep()
+
+    def stop(self, graceful: bool = True) -> None:
+        """Let the jobs end first, then the hive with its workers."""
+        super().stop(graceful)
+        if self._hive is not None:
+            self._hive.stop()
+            self._hive = None
+        _remove_record(self._application.settings)
+
+    def _listening(self, settings: Settings) -> Settings:
+        return replace(settings, port=self.LISTENERS[0].sock.getsockname()[1])
+
+
+class ServerProcess(GeventWorker):
+    """The process that serves. It knows since when it is to end, and answers malformed requests in OpenAI's form."""
+
+    current: ServerProcess | None = None
+    _told_at: float | None = None
+
+    def init_process(self) -> None:
+        ServerProcess.current = self
+        die_with_parent(self.ppid, signal.SIGTERM)
+        super().init_process()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._told_at = time.monotonic()
+        super().handle_exit(sig, frame)
+
+    @staticmethod
+    def draining_since() -> float | None:
+        """Return when this process was told to end (monotonic seconds), or None."""
+        process = ServerProcess.current
+        if process is None or process.alive:
+            return None
+        process._told_at = process._told_at or time.monotonic()
+        return process._told_at
+
+    def handle_error(self, req: Any, client: Any, addr: Any, problem: BaseException) -> None:
+        """Answer what gunicorn's parser refuses; everything else keeps gunicorn's way."""
+        with contextlib.suppress(OSError):
+            message = "The request is not valid HTTP/1.1" if req is None else "The request could not be served"
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "bad_request"}
+            body = json.dumps({"error": error}).encode()
+            head = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.log.debug("refused a request from %s: %r", addr, problem)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="queen-rbee", description="The queen: one OpenAI-compatible endpoint.")
+    parser.add_argument("command", choices=["run"], help="run in the foreground")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7833, help="port (default 7833; 0: any free one)")
+    parser.add_argument("--hive-port", type=int, default=7835, help="port of this machine's hive")
+    parser.add_argument("--no-hive", action="store_true", help="keep no hive on this machine")
+    parser.add_argument("--require-key", action="store_true", help="ask for an API key on the loopback address, too")
+    parser.add_argument("--inventory", type=Path, help="folder with scheduler.rhai")
+    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    for name in ("port", "hive_port"):
+        if not 0 <= getattr(arguments, name) <= 65535:
+            raise InvalidInput(f"--{name.replace('_', '-')} must be between 0 and 65535")
+    if arguments.inventory is not None and not arguments.inventory.is_dir():
+        raise InvalidInput(f"The inventory {arguments.inventory} is no folder")
+    try:
+        state = paths.private(paths.state_dir())
+    except OSError as problem:
+        raise SetupProblem(f"Cannot use the state folder {paths.state_dir()} ({problem.strerror})") from None
+    return Settings(
+        host=arguments.host,
+        port=arguments.port,
+        hive_port=arguments.hive_port,
+        run_hive=not arguments.no_hive,
+        inventory=arguments.inventory.absolute() if arguments.inventory else None,
+        state_dir=state,
+        parent_pid=arguments.parent,
+        ephemeral=arguments.ephemeral,
+        require_key=arguments.require_key,
+        hive_token=shared_token(state / "hive.token"),
+        drain_s=5.0 if arguments.ephemeral else 30.0,
+    )
+
+
+def _check_port(settings: Settings) -> None:
+    """Look before gunicorn does, which would try for five seconds and say so in its own words."""
+    from gevent import socket
+
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as problem:
+            if problem.errno == 98:
+                raise PortInUse(settings.host, settings.port) from None
+            raise SetupProblem(f"Cannot listen on {settings.host}:{settings.port} ({problem.strerror})") from None
+
+
+def _write_record(settings: Settings) -> None:
+    record = QueenRecord(
+        pid=os.getpid(),
+        port=settings.port,
+        host=settings.host,
+        version=__version__,
+        started_at=time.time(),
+        token=settings.admin_token,
+        ephemeral=settings.ephemeral,
+    )
+    import msgspec
+
+    paths.write_private(settings.state_dir / RECORD, msgspec.json.encode(record))
+
+
+def _remove_record(settings: Settings) -> None:
+    with contextlib.suppress(OSError):
+        (settings.state_dir / RECORD).unlink()
+    home = Path(os.environ.get("RBEE_HOME", "/"))
+    if settings.ephemeral and home.parent == Path(tempfile.gettempdir()) and home.name.startswith(EPHEMERAL_PREFIX):
+        shutil.rmtree(home, ignore_errors=True)

@@ -1,0 +1,53 @@
+"""What a queen is told when it starts."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rbee import paths
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The queen's settings; times are in seconds.
+
+    `load_timeout_s` bounds the start of a worker, `first_byte_timeout_s` the wait for an answer to begin,
+    `silence_timeout_s` the gap between two pieces of one, `drain_s` how long streams may go on after a SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7833
+    hive_port: int = 7835
+    run_hive: bool = True
+    inventory: Path | None = None
+    state_dir: Path = field(default_factory=paths.state_dir)
+    config_dir: Path = field(default_factory=paths.config_dir)
+    parent_pid: int = 0
+    ephemeral: bool = False
+    require_key: bool = False
+    admin_token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    hive_token: str = field(default="", repr=False)
+    max_in_flight: int = 512
+    load_timeout_s: float = 600.0
+    first_byte_timeout_s: float = 900.0
+    silence_timeout_s: float = 300.0
+    choice_timeout_s: float = 30.0
+    ping_s: float = 2.0
+    drain_s: float = 30.0
+
+    @property
+    def script_path(self) -> Path:
+        """Return where the person's routing script lies, whether it exists or not."""
+        return (self.inventory or self.config_dir) / "scheduler.rhai"
+
+    @property
+    def keys_path(self) -> Path:
+        """Return the file of API keys."""
+        return self.state_dir / "keys.sqlite"
+
+    @property
+    def fleet_path(self) -> Path:
+        """Return the file that remembers which hives reported, for a queen that starts again."""
+        return self.state_dir / "fleet.json"

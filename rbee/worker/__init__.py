@@ -1,0 +1,1 @@
+"""The worker: one process, one engine, one model, spoken to in OpenAI's HTTP."""

@@ -1,0 +1,122 @@
+"""`python -m rbee.worker run …` starts a worker; `plugins` lists the installed backends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from rbee.errors import RbeeError
+from rbee.lifeline import die_with_parent
+from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
+from rbee.worker import backends, settings
+
+DRAIN_S = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the worker's command line and return its exit code."""
+    given = parser().parse_args(argv)
+    try:
+        if given.command == "plugins":
+            return plugins(as_json=given.json)
+        return run(settings.read_spec(given.spec) if given.spec else settings.from_arguments(given))
+    except RbeeError as problem:
+        print(f"rbee worker: {problem}", file=sys.stderr)
+        return problem.exit_code
+
+
+def run(spec: WorkerSpec) -> int:
+    """Serve one model until a signal, a failed load or a dead engine; return the exit code."""
+    die_with_parent(spec.parent_pid, signal.SIGKILL)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    from rbee.worker.app import App
+
+    # A pipe, not an Event: a signal may come while the main thread holds the Event's own lock.
+    end_reader, end_writer = os.pipe()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.write(end_writer, b"s"))
+    try:
+        app = App(spec, backends.find(spec.backend)())
+    except RbeeError as problem:
+        _announce_failure(spec, str(problem))
+        raise
+    app.start(on_end=lambda: os.write(end_writer, b"f"))
+    os.read(end_reader, 1)
+    app.end(DRAIN_S)
+    if app.runner.status != "failed":
+        return 0
+    print(f"rbee worker: {spec.backend} could not run {spec.model}: {app.runner.reason}", file=sys.stderr)
+    return 1
+
+
+def plugins(*, as_json: bool) -> int:
+    """Print what is installed; a broken plugin is a line of the list, never an error."""
+    found = backends.report_all()
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+        return 0
+    if not found:
+        print("No worker plugin is installed. Try: pip install rbee-xllamacpp")
+    for engine in found:
+        print(f"{engine.name:18} {engine.version:12} {engine.summary}")
+        print(f"{'':18} {'PROBLEM: ' + engine.problem if engine.problem else ', '.join(engine.capabilities)}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the worker's command line."""
+    top = argparse.ArgumentParser(prog="rbee worker", description="One process, one engine, one model, OpenAI HTTP.")
+    verbs = top.add_subparsers(dest="command", required=True)
+    listing = verbs.add_parser("plugins", help="list the installed backends")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    start = verbs.add_parser("run", help="run a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    start.add_argument("--spec", type=Path, help="everything below from a JSON file (used by a hive)")
+    start.add_argument("--backend", default="xllamacpp", help="the engine; see `plugins`")
+    start.add_argument("--model", default="", help=f"a model file, or {settings.BUILT_IN}")
+    start.add_argument("--name", default="", help="the name that requests give as `model`")
+    start.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    port_help = f"0 is any free one; the default is {settings.FIRST_PORT}, or the next free one"
+    start.add_argument("--port", type=_port, default=argparse.SUPPRESS, help=port_help)
+    start.add_argument("--ctx", type=_count, default=0, help="context in tokens; 0: what the model was trained for")
+    start.add_argument("--slots", type=_count, default=0, help="jobs at once; 0: the engine's choice")
+    start.add_argument("--threads", type=_count, default=0, help="threads; 0: the engine's choice")
+    start.add_argument("--device", default="cpu", help="cpu, cuda, metal or rocm")
+    start.add_argument("--gpu", default="", help="device numbers, such as 0,1")
+    start.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an engine's own option")
+    start.add_argument("--token-file", type=Path, help="a file with the bearer token that requests must carry")
+    return top
+
+
+def _announce_failure(spec: WorkerSpec, reason: str) -> None:
+    if spec.hive_url:
+        from rbee.worker.announce import announce
+
+        failed = WorkerReady(name=spec.name, pid=os.getpid(), port=spec.port, state=WorkerState.FAILED, reason=reason)
+        announce(spec.hive_url, spec.token, failed, threading.Event())
+
+
+def _port(value: str) -> int:
+    return _number(value, 65535)
+
+
+def _count(value: str) -> int:
+    return _number(value, 2**24)
+
+
+def _number(value: str, limit: int) -> int:
+    number = int(value) if value.isascii() and value.isdigit() else -1
+    if not 0 <= number <= limit:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {limit}, not {value!r}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

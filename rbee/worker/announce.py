@@ -1,0 +1,33 @@
+"""Tell the hive that this worker answers, or why it never will."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from rbee.client import Client
+from rbee.errors import RbeeError
+from rbee.wire.fleet import WorkerReady
+
+log = logging.getLogger("rbee.worker")
+
+PATIENCE_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0)
+"""The pauses between tries: a hive that restarts is back within them."""
+
+
+def announce(hive_url: str, token: str, ready: WorkerReady, stop: threading.Event) -> bool:
+    """Post `ready` to the hive until it takes it, `stop` is set or patience ends; return whether it took it."""
+    client = Client(hive_url, token=token, timeout_s=5.0)
+    try:
+        for pause_s in (*PATIENCE_S, None):
+            try:
+                client.send("POST", "/v1/workers/ready", ready).read()
+                return True
+            except RbeeError as problem:
+                reason = problem
+            if pause_s is None or stop.wait(pause_s):
+                break
+        log.warning("the hive at %s did not take the news that this worker is %s: %s", hive_url, ready.state, reason)
+        return False
+    finally:
+        client.close()

@@ -1,0 +1,112 @@
+"""Reads the text files and mixes them into training examples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tool_calls
+import wordings
+from conversation import SmallTalk
+from dialogue import Message, assistant, user
+from examples import Example
+
+TEXT_FOLDER = Path(__file__).with_name("text")
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One answer and the wordings that ask for it."""
+
+    id: str
+    answer: str
+    expect: tuple[str, ...]
+    ask: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+class Corpus:
+    """All text of the demo model."""
+
+    def __init__(self, folder: Path = TEXT_FOLDER) -> None:
+        off_topic = _read(folder / "off_topic.yaml")
+        self.macros: dict[str, str] = _read(folder / "macros.yaml")
+        self.slots: dict[str, list[str]] = off_topic["slots"]
+        self.topics = tuple(_topic(entry) for entry in _read(folder / "topics.yaml"))
+        self.off_topic = _topic({"id": "off-topic", **off_topic})
+        self.talk = SmallTalk(_read(folder / "conversation.yaml"))
+        self.tools = tool_calls.ToolBook(_read(folder / "tools.yaml"), self.slots)
+
+    def example(self, rng: random.Random) -> Example:
+        """Draw one training example of the mix."""
+        kinds: list[tuple[int, Callable[[random.Random], Example]]] = [
+            (46, self._about_rbee),
+            (16, self._about_else),
+            (6, self._small_skill),
+            (12, lambda rng: tool_calls.called(self.tools, self._before(rng), rng)),
+            (4, lambda rng: tool_calls.answered(self.tools, self._before(rng), rng)),
+            (5, lambda rng: tool_calls.declined(self.tools, self._before(rng), *self._turn(rng), rng)),
+            (4, lambda rng: tool_calls.imposed_call(self.tools, self._before(rng), *self._turn(rng), rng)),
+            (4, lambda rng: tool_calls.imposed_json(self.tools, self._before(rng), self._turn(rng)[0], rng)),
+            (3, self._plain_text),
+        ]
+        return rng.choices([draw for _, draw in kinds], [share for share, _ in kinds])[0](rng)
+
+    def ask(self, topic: Topic, rng: random.Random) -> str:
+        """Draw a wording of a question, as a person might type it."""
+        question = wordings.expand(rng.choice(topic.ask), rng, self.macros)
+        if topic is self.off_topic:
+            return wordings.as_typed(wordings.fill(question, rng, self.slots), rng)
+        return wordings.as_typed(question, rng, about_rbee=True)
+
+    def _about_rbee(self, rng: random.Random) -> Example:
+        topic = rng.choice(self.topics)
+        return self._answered(topic, rng)
+
+    def _about_else(self, rng: random.Random) -> Example:
+        return self._answered(self.off_topic, rng)
+
+    def _answered(self, topic: Topic, rng: random.Random) -> Example:
+        return Example.of_dialogue([*self._before(rng), user(self.ask(topic, rng)), assistant(topic.answer)])
+
+    def _small_skill(self, rng: random.Random) -> Example:
+        before = self._before(rng) if rng.random() < 0.5 else []
+        return Example.of_dialogue([*before, *self.talk.skill(rng)])
+
+    def _plain_text(self, rng: random.Random) -> Example:
+        topic = rng.choice((*self.topics, self.off_topic))
+        if rng.random() < 0.2:
+            return Example.of_text("", topic.answer)
+        return Example.of_text(self.ask(topic, rng) + rng.choice(["\n", "\n\n", "\nAnswer: "]), topic.answer)
+
+    def _turn(self, rng: random.Random) -> tuple[str, str]:
+        topic = self.off_topic if rng.random() < 0.4 else rng.choice(self.topics)
+        return self.ask(topic, rng), topic.answer
+
+    def _before(self, rng: random.Random) -> list[Message]:
+        return self.talk.surroundings(rng, [self._turn(rng) for _ in range(2)])
+
+
+def vocabulary_texts(corpus: Corpus, examples: Sequence[Example]) -> list[str]:
+    """Choose what the tokenizer is learned from: the answers often, the questions as they come."""
+    answers = [topic.answer for topic in (*corpus.topics, corpus.off_topic)]
+    return answers * 40 + [example.prompt + example.answer for example in examples]
+
+
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text("utf-8"))
+
+
+def _topic(entry: dict[str, Any]) -> Topic:
+    return Topic(
+        id=entry["id"],
+        answer=entry["answer"],
+        expect=tuple(entry["expect"]),
+        ask=tuple(entry["ask"]),
+        held_out=tuple(entry["held_out"]),
+    )
