@@ -49,7 +49,7 @@ class Queen:
 
 def create_queen(settings: Settings, *, draining_since: Callable[[], float | None] = lambda: None) -> Queen:
     """Make the parts and introduce them to each other."""
-    fleet = Fleet(settings.fleet_path, settings.hive_token)
+    fleet = Fleet(settings.fleet_path, settings.hive_token, expects_hive=settings.run_hive)
     metrics = Metrics(fleet)
     script = RoutingScript(settings.script_path)
     script.reload()

@@ -19,6 +19,8 @@ from rbee.wire.fleet import EngineReport, HiveReport, HiveView, ModelReport, Wor
 
 HEARTBEAT_S = 30.0
 LOST_AFTER_S = 3 * HEARTBEAT_S
+SETTLE_S = 30.0
+"""How long a hive that has just been met may take to list its engines."""
 ENGINE_ORDER = ("xllamacpp", "llama-cpp-python", "ctransformers")
 """Which engine is taken first for a model that several can load."""
 
@@ -91,11 +93,20 @@ class Hive:
 class Fleet:
     """The belief. `changed` is set and renewed at every report, so that those who wait can look again."""
 
-    def __init__(self, path: Path, hive_token: str) -> None:
+    def __init__(self, path: Path, hive_token: str, *, expects_hive: bool = False) -> None:
         self.hives: dict[str, Hive] = {}
         self.changed = Event()
+        self._expects_hive = expects_hive
+        self._settles_by = time.monotonic() + SETTLE_S
         self._path = path
         self._token = hive_token
+
+    @property
+    def settled(self) -> bool:
+        """Return False while a hive that has just started is still finding out what it has."""
+        if time.monotonic() > self._settles_by:
+            return True
+        return all(hive.report.engines for hive in self.hives.values()) and bool(self.hives or not self._expects_hive)
 
     def learn(self, report: HiveReport) -> None:
         """Take a hive's report as the truth, unless a newer one was taken already."""
@@ -105,6 +116,7 @@ class Fleet:
         if hive is None or hive.report.url != report.url:
             hive = Hive(report, Client(report.url, token=self._token), 0.0)
             self.hives[report.hive] = hive
+            self._settles_by = time.monotonic() + SETTLE_S
             self._remember()
         hive.report, hive.seen_at = report, time.monotonic()
         hive.workers = dict(self._workers(report, hive.workers))

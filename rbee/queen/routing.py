@@ -7,7 +7,7 @@ import time
 import gevent
 from gevent.event import Event
 
-from rbee.errors import Busy
+from rbee.errors import Busy, NotFound, NotSupported, UnknownModel
 from rbee.queen.fleet import Candidate, Fleet
 from rbee.queen.job import Job
 from rbee.queen.script import RoutingScript
@@ -29,12 +29,21 @@ class Routing:
         deadline = time.monotonic() + self._timeout_s
         while True:
             changed = self._fleet.changed
-            request = job.request
-            places = self._fleet.candidates(request.model, request.capability, request.needs(), job.hive_wish)
-            chosen = self._script.rank(job.record(), [record(place) for place in places])
-            if chosen:
-                return [places[index] for index in chosen]
+            places = self._places(job)
+            if places:
+                chosen = self._script.rank(job.record(), [record(place) for place in places])
+                if chosen:
+                    return [places[index] for index in chosen]
             self._wait(job, changed, deadline - time.monotonic())
+
+    def _places(self, job: Job) -> list[Candidate]:
+        request = job.request
+        try:
+            return self._fleet.candidates(request.model, request.capability, request.needs(), job.hive_wish)
+        except (UnknownModel, NotSupported, NotFound):
+            if self._fleet.settled:
+                raise
+            return []
 
     def _wait(self, job: Job, changed: Event, left_s: float) -> None:
         if left_s <= 0:

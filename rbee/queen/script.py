@@ -25,6 +25,8 @@ ROUTES = ("route_task", "schedule_job")
 ADMITS = "should_admit"
 LOOK_EVERY_S = 0.25
 FAILURES_ALLOWED = 3
+MAX_OPERATIONS = 200_000  # filters over a thousand workers take about 15,000 each
+TIMEOUT_S = 0.05
 
 Record = Mapping[str, Any]
 
@@ -140,7 +142,7 @@ class RoutingScript:
 def _engine() -> rhai.Engine:
     global _shared
     if _shared is None:
-        _shared = rhai.Engine(prelude=_resource("prelude.rhai"))
+        _shared = rhai.Engine(prelude=_resource("prelude.rhai"), max_operations=MAX_OPERATIONS, timeout_s=TIMEOUT_S)
     return _shared
 
 

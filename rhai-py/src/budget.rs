@@ -1,8 +1,9 @@
-//! What one call may use: operations, wall-clock time and stack.
+//! What one call may use: operations, wall-clock time, memory and stack.
 //!
 //! Rhai counts operations per `GlobalRuntimeState`, and a closure called by a native function gets a clone of it, so
 //! loops inside `filter` or `sort` escape its own count. This budget is counted per thread and sees every operation.
 
+use crate::memory;
 use pyo3::PyErr;
 use rhai::Dynamic;
 use std::cell::{Cell, RefCell};
@@ -16,6 +17,7 @@ const OPERATIONS_PER_CLOCK_READ: u64 = 32;
 pub enum Stop {
     Operations,
     Time,
+    Memory,
     Stack,
     /// A Python callable raised; the exception is in `HOST_ERROR`.
     Host,
@@ -26,6 +28,7 @@ impl Stop {
         match self {
             Self::Operations => "operations",
             Self::Time => "time",
+            Self::Memory => "memory",
             Self::Stack => "stack",
             Self::Host => "host",
         }
@@ -37,6 +40,7 @@ impl Stop {
 pub struct Allowance {
     pub operations: u64,
     pub time: Duration,
+    pub memory_bytes: usize,
     pub stack_reserve_bytes: usize,
 }
 
@@ -44,12 +48,19 @@ pub struct Allowance {
 struct Budget {
     operations_left: u64,
     deadline: Option<Instant>,
+    memory_ceiling: isize,
     stack_floor: usize,
     stop: Option<Stop>,
 }
 
 impl Budget {
-    const IDLE: Self = Self { operations_left: u64::MAX, deadline: None, stack_floor: 0, stop: None };
+    const IDLE: Self = Self {
+        operations_left: u64::MAX,
+        deadline: None,
+        memory_ceiling: isize::MAX,
+        stack_floor: 0,
+        stop: None,
+    };
 }
 
 thread_local! {
@@ -69,6 +80,7 @@ impl Running {
         let inner = Budget {
             operations_left: allowance.operations,
             deadline: Instant::now().checked_add(allowance.time),
+            memory_ceiling: memory::live_bytes().saturating_add_unsigned(allowance.memory_bytes),
             stack_floor: stack_address().saturating_sub(usable),
             stop: None,
         };
@@ -131,7 +143,10 @@ fn exceeded(budget: &mut Budget) -> Option<Stop> {
     if stack_address() < budget.stack_floor {
         return Some(Stop::Stack);
     }
-    if budget.operations_left % OPERATIONS_PER_CLOCK_READ == 0 {
+    if memory::live_bytes() > budget.memory_ceiling {
+        return Some(Stop::Memory);
+    }
+    if budget.operations_left.is_multiple_of(OPERATIONS_PER_CLOCK_READ) {
         if let Some(deadline) = budget.deadline {
             return (Instant::now() >= deadline).then_some(Stop::Time);
         }

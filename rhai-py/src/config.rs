@@ -28,6 +28,7 @@ pub struct Config {
     pub max_array_items: usize,
     pub max_map_items: usize,
     pub max_source_bytes: usize,
+    pub max_memory_bytes: usize,
     pub timeout: Duration,
     pub strict_variables: bool,
 }
@@ -46,6 +47,7 @@ impl Config {
             ("max_array_items", self.max_array_items, MAX_CONTAINER_ITEMS),
             ("max_map_items", self.max_map_items, MAX_CONTAINER_ITEMS),
             ("max_source_bytes", self.max_source_bytes, 1 << 20),
+            ("max_memory_bytes", self.max_memory_bytes, 1 << 40),
         ] {
             in_range(name, value as u64, most as u64)?;
         }
@@ -63,6 +65,7 @@ impl Config {
         let allowance = Allowance {
             operations: self.max_operations,
             time: self.timeout,
+            memory_bytes: self.max_memory_bytes,
             stack_reserve_bytes: NATIVE_STACK_BYTES + nested_bytes,
         };
         (allowance, WORK_STACK_BYTES + nested_bytes)

@@ -33,6 +33,7 @@ impl Engine {
         max_array_items = 1024,
         max_map_items = 256,
         max_source_bytes = 65_536,
+        max_memory_bytes = 33_554_432,
         timeout_s = 0.02,
         strict_variables = true,
         prelude = None,
@@ -51,6 +52,7 @@ impl Engine {
         max_array_items: usize,
         max_map_items: usize,
         max_source_bytes: usize,
+        max_memory_bytes: usize,
         timeout_s: f64,
         strict_variables: bool,
         prelude: Option<&str>,
@@ -67,6 +69,7 @@ impl Engine {
             max_array_items,
             max_map_items,
             max_source_bytes,
+            max_memory_bytes,
             timeout: config::timeout(timeout_s)?,
             strict_variables,
         }

@@ -174,6 +174,7 @@ fn stop_message(stop: Stop) -> &'static str {
     match stop {
         Stop::Operations => "the script runs too many operations",
         Stop::Time => "the script takes too long",
+        Stop::Memory => "the script holds too much memory",
         Stop::Stack | Stop::Host => "the script nests too deeply for this thread's stack",
     }
 }

@@ -55,9 +55,9 @@ impl PyRecord {
         }
     }
 
-    #[pyo3(signature = (name, default=None, /))]
-    fn get(&self, py: Python<'_>, name: &str, default: Option<Py<PyAny>>) -> PyResult<Py<PyAny>> {
-        match self.0.get(name) {
+    #[pyo3(signature = (key, default=None, /))]
+    fn get(&self, py: Python<'_>, key: &str, default: Option<Py<PyAny>>) -> PyResult<Py<PyAny>> {
+        match self.0.get(key) {
             Some(value) => convert::to_python(py, value),
             None => Ok(default.unwrap_or_else(|| py.None())),
         }

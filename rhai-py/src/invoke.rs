@@ -75,7 +75,7 @@ impl<'a> Repeated<'a> {
 }
 
 /// How many arguments, beyond curried ones, a closure takes.
-fn takes(ctx: &NativeCallContext, pointer: &FnPtr, extra: usize) -> bool {
+pub fn takes(ctx: &NativeCallContext, pointer: &FnPtr, extra: usize) -> bool {
     let wanted = pointer.curry().len() + extra;
     let mut modules = ctx.namespaces().iter();
     modules.any(|module| module.get_script_fn(pointer.fn_name(), wanted).is_some())

@@ -16,6 +16,7 @@ mod errors;
 mod frozen;
 mod invoke;
 mod list;
+mod memory;
 mod record;
 mod sandbox;
 mod script;

@@ -1,6 +1,6 @@
 //! What scripts can do with frozen lists and records; arrays get the functions that name a field.
 
-use crate::invoke::{int, Callable, PairCallable, RhaiResult};
+use crate::invoke::{int, takes, Callable, PairCallable, RhaiResult};
 use crate::record::{List, Record};
 use rhai::plugin::*;
 use rhai::{Array, EvalAltResult, FnPtr, Module, NativeCallContext, Position, Shared, INT};
@@ -129,9 +129,13 @@ mod lists {
     pub fn reduce_from(ctx: NativeCallContext, list: &mut List, step: FnPtr, initial: Dynamic) -> RhaiResult {
         fold(&ctx, list, &step, initial)
     }
-    /// Sorts into a new list: the frozen one never changes.
+    /// Sorts into a new list, since the frozen one never changes: by a comparer of two items or by a key of one.
     #[rhai_fn(name = "sort", name = "sort_by", name = "order", name = "order_by", return_raw, pure)]
     pub fn sort_with(ctx: NativeCallContext, list: &mut List, compare: FnPtr) -> Fallible<List> {
+        if takes(&ctx, &compare, 1) {
+            let mut key = Callable::new(&ctx, &compare);
+            return Ok(sorted_by(&list.0, |i, item| key.call(item, i))?.into());
+        }
         let mut compare = PairCallable::new(&ctx, &compare);
         let sorted = merge_sort(list.0.to_vec(), &mut |a, b| precedes(&compare.call(a.clone(), b.clone())?))?;
         Ok(sorted.into())
@@ -143,7 +147,7 @@ mod lists {
     }
     #[rhai_fn(name = "sort_by", name = "order_by", return_raw, pure)]
     pub fn sort_by_field(list: &mut List, field: &str) -> Fallible<List> {
-        Ok(sorted_by(&list.0, field)?.into())
+        Ok(sorted_by(&list.0, |_, item| field_of(item, field))?.into())
     }
     #[rhai_fn(return_raw, pure)]
     pub fn min_by(list: &mut List, field: &str) -> RhaiResult {
@@ -175,7 +179,7 @@ mod arrays {
     }
     #[rhai_fn(name = "sort_by", name = "order_by", return_raw, pure)]
     pub fn sort_by_field(array: &mut Array, field: &str) -> Fallible<Array> {
-        sorted_by(array, field)
+        sorted_by(array, |_, item| field_of(item, field))
     }
     #[rhai_fn(return_raw, pure)]
     pub fn min_by(array: &mut Array, field: &str) -> RhaiResult {
@@ -282,10 +286,13 @@ fn best_by(items: &[Dynamic], field: &str, wanted: Ordering) -> RhaiResult {
     Ok(best.map_or(Dynamic::UNIT, |(item, _)| item.clone()))
 }
 
-/// The items in ascending order of a field; equals keep their order and unknown values come last.
-fn sorted_by(items: &[Dynamic], field: &str) -> Fallible<Vec<Dynamic>> {
+/// The items in ascending order of a key; equals keep their order and unknown values come last.
+fn sorted_by(
+    items: &[Dynamic],
+    mut key: impl FnMut(usize, &Dynamic) -> RhaiResult,
+) -> Fallible<Vec<Dynamic>> {
     let keyed: Fallible<Vec<_>> =
-        items.iter().map(|item| Ok((field_of(item, field)?, item.clone()))).collect();
+        items.iter().enumerate().map(|(i, item)| Ok((key(i, item)?, item.clone()))).collect();
     let sorted = merge_sort(keyed?, &mut |a, b| Ok(order(&a.0, &b.0)? != Ordering::Greater))?;
     Ok(sorted.into_iter().map(|(_, item)| item).collect())
 }

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import rhai
 
-TOKENS = """
+TOKENS = r"""
 fn main workers w x a b ( ) { } [ ] #{ | || , ; : . ?. ?? => .. ..= = == != < > <= >= + - * / % ** << >> & ^ ! && ||=
 += -= let const if else switch do while until loop for in break continue return throw try catch this global private true
 false 0 1 -1 9223372036854775807 1.5 1e308 0x7f "s" 's' `t` `${ } "\\u1F4A9" "" .len() .filter( .map( .sort( .reduce(
 .first() .push( .pad( .splice( .extract( .sub_string( .replace( .split( .min_by("load") .random() .hive .load type_of(
-is_def_var( is_shared( Fn( call( curry( eval import export as // /* */ \n @ $ ~ \u0000 \u202e é 😀
-""".split(" ")
+is_def_var( is_shared( Fn( call( curry( eval import export as // /* */ @ $ ~ \ é 😀
+""".split()  # noqa: SIM905 -- a list of quoted tokens could not be read
 VALID = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("scripts/*.rhai"))]
 WORKERS = rhai.freeze([{"hive": f"h{i % 3}", "load": i / 7, "gpus": i, "tags": ["a", "b"]} for i in range(7)])
 
@@ -35,9 +35,7 @@ def mutated(rng: random.Random) -> str:
         start = rng.randrange(len(text) + 1)
         end = min(len(text), start + rng.randint(0, 6))
         span = text[start:end]
-        change = rng.choice(
-            ["", span * 2, span[::-1], rng.choice(TOKENS), rng.choice(VALID)[start:end], span * 50]
-        )
+        change = rng.choice(["", span * 2, span[::-1], rng.choice(TOKENS), rng.choice(VALID)[start:end], span * 50])
         text = text[:start] + change + text[end:]
     return text
 

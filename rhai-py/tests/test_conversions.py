@@ -62,9 +62,7 @@ def test_value_comes_back_the_same(evaluate: Callable[..., Any], value: object) 
     ],
     ids=repr,
 )
-def test_close_relatives_become_the_plain_type(
-    evaluate: Callable[..., Any], value: object, back: object
-) -> None:
+def test_close_relatives_become_the_plain_type(evaluate: Callable[..., Any], value: object, back: object) -> None:
     assert evaluate("a", value) == back
 
 

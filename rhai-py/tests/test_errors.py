@@ -89,9 +89,7 @@ def test_long_message_is_shortened() -> None:
 
 
 def test_closure_variable_clash_says_what_to_do() -> None:
-    error = failing(
-        "fn main(w) { w.filter(|x| w.some(|y| y.n > x.n)) }", "main", rhai.freeze([{"n": 1}, {"n": 2}])
-    )
+    error = failing("fn main(w) { w.filter(|x| w.some(|y| y.n > x.n)) }", "main", rhai.freeze([{"n": 1}, {"n": 2}]))
 
     assert "use a copy in the closure" in error.message
 

@@ -39,6 +39,7 @@ def ids(records: list[rhai.Record]) -> str:
         ('a.sort_by("load")', "w1 w0 w3 w2"),
         ('a.sort_by("gpus")', "w0 w2 w1 w3"),
         ('a.sort_by("id")', "w0 w1 w2 w3"),
+        ("a.sort_by(|w| w.gpus)", "w0 w2 w1 w3"),
         ("a.sort_by(|x, y| y.gpus - x.gpus)", "w3 w1 w0 w2"),
         ("a.sort(|x, y| x.gpus > y.gpus)", "w3 w1 w2 w0"),
         ("a.extract(1, 2)", "w1 w2"),
@@ -72,9 +73,7 @@ def test_list_of_records_is_chosen(
         ("a.reduce(|best, w| if best == () || w.gpus > best.gpus { w } else { best })", 3),
     ],
 )
-def test_one_record_is_chosen(
-    evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str, chosen: int
-) -> None:
+def test_one_record_is_chosen(evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str, chosen: int) -> None:
     record = evaluate(expression, workers)
 
     assert isinstance(record, rhai.Record)
@@ -106,9 +105,7 @@ def test_one_record_is_chosen(
         ('let n = 0; a.for_each(|w| { if w.hive == "pc" { 1 } else { 0 } }); n', 0),
     ],
 )
-def test_value_is_computed(
-    evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str, value: object
-) -> None:
+def test_value_is_computed(evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str, value: object) -> None:
     assert evaluate(expression, workers) == value
 
 
@@ -132,9 +129,7 @@ def test_value_is_computed(
         ("a.reduce(|x, y| x + y, 5)", 5),
     ],
 )
-def test_empty_list_behaves_as_an_empty_array(
-    evaluate: Callable[..., Any], expression: str, value: object
-) -> None:
+def test_empty_list_behaves_as_an_empty_array(evaluate: Callable[..., Any], expression: str, value: object) -> None:
     assert evaluate(expression, rhai.freeze([])) == value
 
 
@@ -155,12 +150,8 @@ def test_missing_property_is_unit_where_not_strict(workers: rhai.Frozen) -> None
     assert script.call("main", workers) is None
 
 
-@pytest.mark.parametrize(
-    "expression", ["a[0].load = 0.0", "a[0].load += 1.0", "a[0] = 1", 'a[0]["load"] = 0']
-)
-def test_records_cannot_be_changed(
-    evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str
-) -> None:
+@pytest.mark.parametrize("expression", ["a[0].load = 0.0", "a[0].load += 1.0", "a[0] = 1", 'a[0]["load"] = 0'])
+def test_records_cannot_be_changed(evaluate: Callable[..., Any], workers: rhai.Frozen, expression: str) -> None:
     with pytest.raises(rhai.ScriptRuntimeError):
         evaluate(expression, workers)
 

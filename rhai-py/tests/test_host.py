@@ -33,9 +33,7 @@ def test_callable_receives_records_and_returns_one(engine: rhai.Engine) -> None:
     ("function", "calls"),
     [(lambda a, b=5: a + b, "f(1) + f(1, 2)"), (lambda *all: sum(all) + 9 - sum(all), "f(1, 2, 3, 4)")],
 )
-def test_arity_follows_the_signature(
-    engine: rhai.Engine, function: Callable[..., object], calls: str
-) -> None:
+def test_arity_follows_the_signature(engine: rhai.Engine, function: Callable[..., object], calls: str) -> None:
     engine.register("f", function)
 
     assert engine.compile(f"fn main() {{ {calls} }}").call("main") == 9
@@ -170,9 +168,7 @@ TRACED = """fn main(w) {
         ([1], [1, 2, 3, 6, 7, 11]),
     ],
 )
-def test_trace_ends_with_the_line_that_decided(
-    engine: rhai.Engine, numbers: list[int], lines: list[int]
-) -> None:
+def test_trace_ends_with_the_line_that_decided(engine: rhai.Engine, numbers: list[int], lines: list[int]) -> None:
     script = engine.compile(TRACED)
     workers = rhai.freeze([{"n": n, "load": n} for n in numbers])
 

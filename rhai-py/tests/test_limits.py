@@ -33,6 +33,11 @@ def limit_of(source: str, *args: object, **options: Any) -> str:
         ("string", {"max_string_bytes": 10}, 'fn main() { let s = "12345"; s += s; s += s; s }'),
         ("array", {"max_array_items": 10}, "fn main() { let a = [1, 2, 3]; for i in 0..3 { a += a; } a }"),
         ("map", {"max_map_items": 2}, "fn main() { let m = #{}; m.a = 1; m.b = 1; m.c = 1; m }"),
+        (
+            "memory",
+            {"max_memory_bytes": 2**20, "max_operations": 2**62},
+            "fn main() { let m = #{}; let i = 0; loop { m[`${i}`] = i; i += 1; } }",
+        ),
         ("source", {"max_source_bytes": 20}, "fn main() { 1 + 1 + 1 + 1 }"),
         ("source", {}, "\n" * 50_000 + "fn main() { }"),
     ],
@@ -77,9 +82,7 @@ def test_script_below_its_limits_runs() -> None:
 
 
 def test_each_call_has_its_own_budget() -> None:
-    script = rhai.Engine(max_operations=1000, timeout_s=600.0).compile(
-        "fn main() { for i in 0..50 { i + 1; } 7 }"
-    )
+    script = rhai.Engine(max_operations=1000, timeout_s=600.0).compile("fn main() { for i in 0..50 { i + 1; } 7 }")
 
     assert [script.call("main") for _ in range(100)] == [7] * 100
 

@@ -60,9 +60,7 @@ def test_route_chooses(engine: rhai.Engine, script: str, chosen: dict[str, int])
 
 @pytest.mark.parametrize("script", ["home", "tiers", "batch", "capability", "scoring"])
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_route_over_no_workers_chooses_nothing(
-    engine: rhai.Engine, script: str, task: dict[str, Any]
-) -> None:
+def test_route_over_no_workers_chooses_nothing(engine: rhai.Engine, script: str, task: dict[str, Any]) -> None:
     assert load(engine, script).call("route_task", task, rhai.freeze([])) is None
 
 

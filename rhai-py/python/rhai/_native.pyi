@@ -6,8 +6,8 @@ class Engine:
     """Compile scripts and hold what they may use.
 
     Every limit must be above zero. `timeout_s` is wall-clock time, read once in 32 operations. `max_expr_depth` is the
-    nesting allowed outside and inside of functions. Containers that Python passes in are not measured, but a script
-    that copies one which is over a limit fails; frozen records are never measured.
+    nesting allowed outside and inside of functions. A list or dict that Python passes in and that is larger than a
+    script may make comes in as a frozen list or record; frozen records are never measured.
 
     `prelude` is Rhai source whose functions every script has, also as methods: `fn least(){ this.min_by("load") }`.
     A script may replace one. They count for no limit of the script and are not in `Script.functions()`.
@@ -30,6 +30,7 @@ class Engine:
         max_array_items: int = 1024,
         max_map_items: int = 256,
         max_source_bytes: int = 65_536,
+        max_memory_bytes: int = 33_554_432,
         timeout_s: float = 0.02,
         strict_variables: bool = True,
         prelude: str | None = None,
@@ -45,8 +46,8 @@ class Engine:
     def register(self, name: str, callable: Callable[..., object]) -> None:
         """Make a Python callable a function of every script compiled from here on.
 
-        It takes positional arguments, as many as its signature says; `x.name(y)` calls it with `x` and `y`. An exception
-        ends the script, which cannot catch it, and is the `__cause__` of a ScriptRuntimeError.
+        It takes positional arguments, as many as its signature says; `x.name(y)` calls it with `x` and `y`. An
+        exception ends the script, which cannot catch it, and is the `__cause__` of a ScriptRuntimeError.
 
         Raises TypeError if it is not callable, ValueError if the name is not an identifier.
         """
@@ -64,7 +65,8 @@ class Script:
     def call(self, name: str, *args: object) -> Any:
         """Call a function without holding the GIL, and return its result as a Python value.
 
-        Raises MissingFunctionError, ConversionError, IntegerRangeError, LimitError, ScriptRuntimeError or InternalError.
+        Raises MissingFunctionError, ConversionError, IntegerRangeError, LimitError, ScriptRuntimeError or
+        InternalError.
         """
 
     def trace(self, name: str, *args: object) -> tuple[Any, list[int]]:

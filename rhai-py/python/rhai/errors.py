@@ -73,7 +73,8 @@ class MissingFunctionError(ScriptRuntimeError):
 class LimitError(Error):
     """A limit was reached.
 
-    `limit` is one of: operations, time, calls, depth, stack, variables, functions, modules, string, array, map, source.
+    `limit` is one of: operations, time, memory, calls, depth, stack, variables, functions, modules, string, array, map,
+    source.
     """
 
     limit: str = ""
