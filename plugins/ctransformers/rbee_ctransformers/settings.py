@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How to load one model; `context_tokens` and `threads` -1 leave the choice to the engine."""
+    """How to load one model; `context_tokens` -1 leaves the choice to the engine."""
 
     path: Path
     family: str
@@ -68,8 +69,18 @@ def read_settings(spec: ModelSpec) -> Settings:
         library=library,
         batch_tokens=int(batch),
         context_tokens=spec.context_tokens or -1,
-        threads=spec.threads or -1,
+        threads=spec.threads or default_threads(),
     )
+
+
+def default_threads() -> int:
+    """Return all cores of this process but one.
+
+    The engine's threads spin while they wait for each other: where another program takes a core from one of them,
+    all stand still, and a token takes a hundred times as long.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable - 1)
 
 
 def best_library(cpu_info: str) -> str | None:

@@ -13,15 +13,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ctransformers_bench import Bench
-from gpt2_file import write_gpt2_ggml
 
 from rbee.plugin import ModelSpec
+from rbee.testing.models import write_gpt2_ggml
 
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 with a context of 128 tokens."""
-    return write_gpt2_ggml(tmp_path_factory.mktemp("models") / "tiny.bin")
+    return write_gpt2_ggml(tmp_path_factory.mktemp("models") / "tiny.bin", context=128)
 
 
 @pytest.fixture

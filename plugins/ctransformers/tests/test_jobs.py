@@ -12,6 +12,9 @@ from ctransformers_bench import GREEDY, PROMPTS, Answer, Bench, drain
 
 from rbee.plugin import Sampling
 
+END = 256
+"""The token that ends a text of the tiny model."""
+
 SEEDED = Sampling(max_tokens=24, temperature=1.5, seed=3)
 
 
@@ -71,7 +74,7 @@ def test_cancelling_stops_the_reading_of_a_prompt(bench: Bench) -> None:
 
     expected = bench.ask("hello")
     steps: list[object] = []
-    assert drain(bench.start("the " * 60, cancelled=cancelled), steps) == "stop"  # type: ignore[arg-type]
+    assert drain(bench.start("the " * 30, cancelled=cancelled), steps) == "stop"  # type: ignore[arg-type]
     assert (steps, asked) == ([], 3)
     assert bench.ask("hello") == expected
 
@@ -86,7 +89,7 @@ def test_a_continued_prompt_gives_the_text_of_a_fresh_engine(bench: Bench) -> No
 
 
 def test_max_tokens_and_a_full_context_end_by_length(bench: Bench) -> None:
-    endless = replace(GREEDY, max_tokens=None, logit_bias={0: -1000.0})
+    endless = replace(GREEDY, max_tokens=None, logit_bias={END: -1000.0})
     prompt = bench.tokens("hello")
     full = bench.ask(prompt, endless)
     assert (len(prompt) + len(full.ids), full.reason) == (bench.loaded.context_tokens, "length")
@@ -95,13 +98,13 @@ def test_max_tokens_and_a_full_context_end_by_length(bench: Bench) -> None:
 
 
 def test_the_end_token_ends_a_job_and_is_not_part_of_the_text(bench: Bench) -> None:
-    assert bench.ask("hello", replace(GREEDY, logit_bias={0: 1000.0})) == Answer(b"", (), "stop")
+    assert bench.ask("hello", replace(GREEDY, logit_bias={END: 1000.0})) == Answer(b"", (), "stop")
 
 
 def test_prompts_that_do_not_fit_are_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match=r"128 tokens.*127 at most"):
         bench.ask([5] * 128)
-    assert len(bench.ask([5] * 127, replace(GREEDY, logit_bias={0: -1000.0})).ids) == 1
+    assert len(bench.ask([5] * 127, replace(GREEDY, logit_bias={END: -1000.0})).ids) == 1
     with pytest.raises(ValueError, match="empty"):
         bench.ask("")
     with pytest.raises(ValueError, match="does not know"):

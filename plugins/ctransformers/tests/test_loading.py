@@ -15,7 +15,7 @@ from ctransformers_bench import Bench
 
 from rbee import formats
 from rbee_ctransformers import Ctransformers, native
-from rbee_ctransformers.settings import best_library
+from rbee_ctransformers.settings import OPTIONS, best_library
 from rbee_ctransformers.text import MAX_PART_BYTES, parts
 
 
@@ -148,3 +148,8 @@ def test_parts_are_short_and_whole(text: bytes) -> None:
     assert all(len(part) <= MAX_PART_BYTES for part in cut)
     for part in cut:
         part.decode()
+
+
+def test_the_readme_explains_every_option() -> None:
+    readme = Path(__file__).parent.with_name("README.md").read_text()
+    assert [option for option in OPTIONS if f"`{option}`" not in readme] == []

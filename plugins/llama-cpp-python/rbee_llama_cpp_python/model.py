@@ -6,7 +6,13 @@ Importing this module imports the engine. It is a thin, typed layer; no decision
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
+
+# libgomp reads it when it is loaded, so it stands before the engine. By default its threads spin for seconds while they
+# wait for each other; where another program needs a core, that makes a token take up to a hundred times as long.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import llama_cpp.llama_cpp as api
 

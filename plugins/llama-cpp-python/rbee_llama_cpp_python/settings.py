@@ -15,7 +15,7 @@ T = TypeVar("T")
 OPTIONS: Mapping[str, str] = {
     "n_gpu_layers": "layers that go to the GPU; default: all when the worker has a gpu, else none",
     "main_gpu": "the GPU, counted among those given, that holds what is not split; default 0",
-    "tensor_split": "shares of the model for each GPU given, such as 3,1; default: by their free memory",
+    "tensor_split": "shares of the model for each GPU given, such as 3,1; default: equal ones",
     "n_batch": "most tokens of prompts in one step; default 512",
     "prompt_chunk": "most tokens of prompts in one step while another job is writing; default 128",
     "cache_prompt": "on or off: a job starts from what its slot still knows of the same prompt; default on",

@@ -6,31 +6,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import pytest
-from llama_bench import DEMO, PROMPTS, Answer, Bench
+from llama_bench import PROMPTS, Answer, Bench
 
 from rbee.plugin import Capability
-
-
-def with_metadata(target: Path, **numbers: int) -> Path:
-    """Copy the built-in model with more metadata of its architecture."""
-    reader = gguf.GGUFReader(DEMO)
-    writer = gguf.GGUFWriter(target, "llama")
-    for key, value in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
-            continue
-        kind, *inner = value.types
-        writer.add_key_value(key, value.contents(), kind, inner[-1] if inner else None)
-    for name, number in numbers.items():
-        writer.add_uint32(f"llama.{name}", number)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
+from rbee.testing.models import write_embedding_gguf, write_rerank_gguf
 
 
 def test_pooling_gives_a_chat_model_embeddings_beside_its_text(make_bench: Callable[..., Bench]) -> None:
@@ -64,16 +44,20 @@ def test_embeddings_and_text_run_beside_each_other(make_bench: Callable[..., Ben
 
 
 def test_an_embedding_model_says_so_and_generates_nothing(make_bench: Callable[..., Bench], tmp_path: Path) -> None:
-    bench = make_bench(path=with_metadata(tmp_path / "embedding.gguf", pooling_type=1))
+    bench = make_bench(path=write_embedding_gguf(tmp_path / "embedding.gguf"))
     assert bench.loaded.capabilities == {Capability.EMBEDDING}
-    assert len(bench.backend.embed([bench.tokens("Hello")])[0]) > 1
+    inputs = [bench.backend.tokenize(text, special=False) for text in ("honey", "honey bees", "qqqq wwww", "honey")]
+    honey, bees, other, same = bench.backend.embed(inputs)
+    assert honey == pytest.approx(same, abs=1e-4)
+    assert math.dist(honey, bees) < math.dist(honey, other)
+    assert bench.backend.embed(inputs[:1])[0] == pytest.approx(honey, abs=1e-3)
     with pytest.raises(NotImplementedError):
-        bench.ask("Hello")
+        bench.ask([5])
 
 
 def test_a_rerank_model_is_refused_with_an_alternative(make_bench: Callable[..., Bench], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="xllamacpp"):
-        make_bench(path=with_metadata(tmp_path / "rerank.gguf", pooling_type=4))
+        make_bench(path=write_rerank_gguf(tmp_path / "rerank.gguf"))
 
 
 def test_a_chat_model_without_pooling_refuses_to_embed(bench: Bench) -> None:

@@ -12,6 +12,7 @@ import pytest
 from llama_bench import DEMO, Bench, open_bench
 
 from rbee_llama_cpp_python import LlamaCppPython
+from rbee_llama_cpp_python.settings import OPTIONS
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -83,6 +84,7 @@ def test_the_engine_is_silent_on_stderr() -> None:
 from pathlib import Path
 from rbee.plugin import ModelSpec, Sampling
 from rbee_llama_cpp_python import LlamaCppPython
+from rbee_llama_cpp_python.settings import OPTIONS
 backend = LlamaCppPython()
 backend.load(ModelSpec("demo", Path({str(DEMO)!r}), slots=2), lambda part: None)
 print(len(list(backend.generate([5, 6], Sampling(max_tokens=3), lambda: False))))
@@ -121,3 +123,8 @@ def test_closing_twice_and_after_a_failed_load_is_harmless() -> None:
     bench = open_bench(slots=1)
     bench.backend.close()
     bench.backend.close()
+
+
+def test_the_readme_explains_every_option() -> None:
+    readme = Path(__file__).parent.with_name("README.md").read_text()
+    assert [option for option in OPTIONS if f"`{option}`" not in readme] == []
