@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import signal
 import threading
@@ -16,6 +17,7 @@ from rbee.hive.settings import Settings
 from rbee.http.server import Server
 from rbee.paths import private, state_dir
 
+M_ARENA_MAX = -8
 log = logging.getLogger("rbee.hive")
 
 
@@ -25,6 +27,7 @@ def run(settings: Settings) -> int:
     Call it from the main thread, which starts every worker (see `launch.Launcher`). Raises: RbeeError.
     """
     _follow_parent(settings.parent_pid)
+    _share_one_arena()
     state = private(state_dir())
     token = instance.token_from(settings.token_file or state / "hive.token", make=settings.token_file is None)
     try:
@@ -57,6 +60,12 @@ def _follow_parent(parent_pid: int) -> None:
         from rbee.lifeline import die_with_parent
 
         die_with_parent(parent_pid, signal.SIGTERM)
+
+
+def _share_one_arena() -> None:
+    """Keep glibc from giving each thread a heap of its own (mallopt(3)): threads come and go with connections here."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _listen(settings: Settings, hive: Hive) -> Server:

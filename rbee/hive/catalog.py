@@ -99,7 +99,7 @@ class Catalog:
             database = self._open()
             database.table("models").remove(lambda found: found.get("name") == name)
             del self._entries[name]
-        log.info("model %s is no longer listed", name)
+        log.info("model %s is off the list", name)
         self._changed()
         return _report(entry)
 

@@ -39,6 +39,10 @@ class Settings:
             raise InvalidRequest(f"--name {settings.name!r} is not a host name", hint="a-z, 0-9, '-' and '.'")
         if not 0 <= settings.port <= 65535:
             raise InvalidRequest(f"--port {settings.port} is not between 0 and 65535")
+        if settings.load_limit_s <= 0:
+            raise InvalidRequest(
+                f"--load-limit {settings.load_limit_s:g} is no time to load in", hint="seconds above 0"
+            )
         if settings.queen_url and not settings.queen_url.startswith(("http://", "https://")):
             raise InvalidRequest(f"--queen {settings.queen_url!r} is no URL", hint="http://127.0.0.1:7833")
         return settings

@@ -25,6 +25,7 @@ log = logging.getLogger("rbee.hive")
 
 FIRST_PORT, LAST_PORT = 8001, 8999
 FAILURES_KEPT = 20
+PORTS_TRIED = 5
 DRAIN_S = 20.0
 """A worker drains for 10 s and then ends its streams with an error; 10 s more, and it is killed."""
 LOADING_GRACE_S = 2.0
@@ -46,6 +47,8 @@ class _Worker:
     since: float = field(default_factory=time.time)
     started_at: float = field(default_factory=time.time)
     progress: float = 0.0
+    ports_lost: int = 0
+    needs_port: bool = False
     ready: WorkerReady | None = None
     child: Child | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -146,6 +149,9 @@ class Workers:
                 if ready.state is WorkerState.READY:
                     worker.ready, worker.progress, became_ready = ready, 1.0, True
                     worker.move(WorkerState.READY)
+                elif ready.state is WorkerState.FAILED and self._was_beaten_to_its_port(worker, ready):
+                    worker.ports_lost += 1
+                    worker.needs_port = True
                 elif ready.state is WorkerState.FAILED:
                     worker.move(WorkerState.FAILED, ready.reason or "the worker gave no reason")
                     self._end_in_background(worker, LOADING_GRACE_S)
@@ -179,11 +185,12 @@ class Workers:
                 if worker.state is not WorkerState.FAILED:
                     self._drain(worker, limit_s)
             running = [w for w in self._workers.values() if w.child is not None and not w.ended.is_set()]
-        _await_ends(running, limit_s - LAST_WORDS_S, hurry)
+        last_words_s = min(LAST_WORDS_S, limit_s / 3)
+        _await_ends(running, limit_s - last_words_s, hurry)
         for worker in running:
             # A second SIGTERM asks a draining worker to end its streams with an error while there is time for one.
             worker.terminate()
-        _await_ends(running, min(LAST_WORDS_S, limit_s), hurry)
+        _await_ends(running, last_words_s, hurry)
         for worker in running:
             worker.kill()
         _await_ends(running, KILLED_S, threading.Event())
@@ -263,25 +270,29 @@ class Workers:
                 child.terminate()
         name = worker.spec.name
         threading.Thread(target=self._watch_exit, args=(worker, child), name=f"exit-{name}", daemon=True).start()
-        threading.Thread(target=self._watch_load, args=(worker,), name=f"load-{name}", daemon=True).start()
+        threading.Thread(target=self._watch_load, args=(worker, child), name=f"load-{name}", daemon=True).start()
 
     def _watch_exit(self, worker: _Worker, child: Child) -> None:
         self._ended(worker, child.wait())
 
-    def _watch_load(self, worker: _Worker) -> None:
+    def _watch_load(self, worker: _Worker, child: Child) -> None:
         """Follow the load's progress, and end one that takes longer than its limit."""
+
+        def loads() -> bool:
+            return worker.state is WorkerState.STARTING and worker.child is child
+
         upstream = Upstream(f"http://{self._dialled_host}:{worker.spec.port}", connect_timeout_s=1.0)
         deadline = time.monotonic() + self._load_limit_s
-        while not worker.ended.wait(PROGRESS_EVERY_S) and worker.state is WorkerState.STARTING:
+        while not worker.ended.wait(PROGRESS_EVERY_S) and loads():
             progress = _progress(upstream, worker.spec.name)
             with self._lock:
-                moved = worker.state is WorkerState.STARTING and progress > worker.progress
-                worker.progress = max(worker.progress, progress) if moved else worker.progress
+                moved = loads() and progress > worker.progress
+                worker.progress = progress if moved else worker.progress
             if moved:
                 self._changed()
             if time.monotonic() > deadline:
                 with self._moving():
-                    if worker.state is WorkerState.STARTING:
+                    if loads():
                         worker.move(WorkerState.FAILED, f"the model was not loaded within {self._load_limit_s:g} s")
                         self._end_in_background(worker, LOADING_GRACE_S)
         upstream.close()
@@ -299,6 +310,8 @@ class Workers:
 
     def _ended(self, worker: _Worker, how: str) -> None:
         """Take note that a worker's process is gone."""
+        if self._starts_on_another_port(worker):
+            return
         name = worker.spec.name
         with self._moving():
             superseded = self._workers.get(name, worker) is not worker
@@ -317,6 +330,26 @@ class Workers:
             for oldest in failed[:-FAILURES_KEPT]:
                 del self._workers[oldest]
 
+    def _was_beaten_to_its_port(self, worker: _Worker, ready: WorkerReady) -> bool:
+        """Another program may take a free port between the moment it is chosen and the worker's bind."""
+        chosen_here = not worker.spawn.request.port and worker.ports_lost < PORTS_TRIED
+        return chosen_here and ready.reason == str(PortInUse(worker.spec.host, worker.spec.port))
+
+    def _starts_on_another_port(self, worker: _Worker) -> bool:
+        with self._moving():
+            if not worker.needs_port or worker.state is not WorkerState.STARTING:
+                return False
+            taken = {other.spec.port for other in self._workers.values() if other is not worker}
+            worker.needs_port, worker.child = False, None
+            try:
+                port = self._free_port(0, taken)
+            except SetupProblem:
+                return False
+            log.info("worker %s lost port %d to another program and takes %d", worker.spec.name, worker.spec.port, port)
+            worker.spec = msgspec.structs.replace(worker.spec, port=port)
+        self._launcher.submit(lambda: self._launch(worker))
+        return True
+
     def _report(self, worker: _Worker) -> WorkerReport:
         spec, ready = worker.spec, worker.ready
         url = f"http://{self._dialled_host}:{spec.port}"
@@ -330,7 +363,7 @@ class Workers:
             state=worker.state,
             device=spec.device,
             capabilities=(ready.capabilities if ready else None) or spec.capabilities,
-            features=(ready.features if ready else None) or worker.spawn.engine.features,
+            features=ready.features if ready else worker.spawn.engine.features,
             slots=ready.slots if ready else spec.slots or 1,
             context_tokens=ready.context_tokens if ready else spec.context_tokens,
             port=spec.port,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -46,6 +47,13 @@ def test_a_second_signal_hurries(start_hive: StartHive) -> None:
     assert hive.process.wait(HANG_GUARD_S) == 0
 
 
+def test_a_signal_that_linux_gives_to_another_thread_stops_it_too(hive: RunningHive) -> None:
+    """A main thread that waits for a lock sleeps through a signal that interrupts another thread."""
+    others = [int(task.name) for task in Path(f"/proc/{hive.pid}/task").iterdir() if int(task.name) != hive.pid]
+    assert ctypes.CDLL(None).tgkill(hive.pid, others[0], int(signal.SIGTERM)) == 0
+    assert hive.process.wait(HANG_GUARD_S) == 0
+
+
 def test_the_last_report_has_no_workers(start_hive: StartHive, queen: FakeQueen) -> None:
     hive = start_hive("--queen", queen.url)
     hive.ready("trial")
@@ -68,7 +76,7 @@ def test_kill_9_takes_the_workers_along_and_the_next_start_cleans_up(start_hive:
     assert not alive(child)
     assert after.left_in_runtime() == []
     assert after.workers() == {}
-    assert after.ready("trial").port == ready.port
+    assert after.ready("trial").name == ready.name
 
 
 def test_kill_9_at_the_moment_of_the_spawn(start_hive: StartHive, home: Path) -> None:

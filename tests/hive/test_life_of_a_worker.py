@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from hive_rig import FakeQueen, RunningHive, StartHive, alive, together, until
+from hive_rig import FakeQueen, RunningHive, StartHive, alive, install, together, until
 
 from rbee.client import Client
 from rbee.errors import RbeeError
@@ -57,29 +57,21 @@ def test_spawn_ready_report_answer_stop(start_hive: StartHive, queen: FakeQueen)
 
 def test_a_worker_outlives_the_request_that_asked_for_it(hive: RunningHive) -> None:
     """PR_SET_PDEATHSIG fires when the forking thread ends, and a server's thread ends with its connection."""
+    tasks = Path(f"/proc/{hive.pid}/task")
+    authorization = {"Authorization": f"Bearer {hive.token}"}
+    before = {task.name for task in tasks.iterdir()}
     connection = HTTPConnection("127.0.0.1", urlsplit(hive.url).port)
-    threads = Path(f"/proc/{hive.pid}/task")
-    before = {int(task.name) for task in threads.iterdir()}
-    body = json.dumps({"model": "trial", "backend": "trial"})
-    connection.request("POST", "/v1/workers", body, {"Authorization": f"Bearer {hive.token}"})
+    connection.request("GET", "/v1/hive", headers=authorization)
     assert connection.getresponse().read()
-    during = {int(task.name) for task in threads.iterdir()} - before
+    (thread,) = {task.name for task in tasks.iterdir()} - before
+    connection.request("POST", "/v1/workers", json.dumps({"model": "trial", "backend": "trial"}), authorization)
+    assert connection.getresponse().read()
     worker = hive.worker("trial", READY)
+    assert (tasks / thread).exists()
     connection.close()
-    kept = {f"{task}" for task in during if (threads / str(task) / "comm").exists()}
-    until(lambda: {t.name for t in threads.iterdir()} & kept != kept or not kept, "the request's thread to end")
-    for _ in range(20):  # each from a connection and thread of its own
-        with socket.create_connection(("127.0.0.1", urlsplit(hive.url).port or 0)) as fresh:
-            fresh.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            assert fresh.recv(100)
-    assert hive.worker("trial", READY, FAILED).pid == worker.pid
-    assert _parent_thread_is_main(worker.pid, hive.pid)
-
-
-def _parent_thread_is_main(worker: int, hive: int) -> bool:
-    """Linux lists a thread's own children; only those of the main thread are safe."""
-    children = Path(f"/proc/{hive}/task/{hive}/children")
-    return not children.exists() or str(worker) in children.read_text().split()
+    until(lambda: not (tasks / thread).exists(), "the request's thread to end")
+    assert chat(worker, "hello") == "well, done"
+    assert hive.workers()["trial"].pid == worker.pid
 
 
 def test_many_spawned_at_once_get_names_and_ports_of_their_own(hive: RunningHive) -> None:
@@ -110,6 +102,21 @@ def test_a_port_that_is_taken_is_refused_or_skipped(hive: RunningHive) -> None:
     assert hive.ready("trial", port=port).port == port
     with pytest.raises(RbeeError, match=f"Port {port} .* is in use"):
         hive.spawn("trial", port=port)
+
+
+def test_a_port_that_is_lost_at_the_last_moment_is_replaced(
+    start_hive: StartHive, plugins: Path, tmp_path: Path
+) -> None:
+    install(plugins, {"trial-thief": "Thief"})
+    hive = start_hive("--ephemeral", TRIAL_THIEF=str(tmp_path / "thief"))
+    worker = hive.ready("trial-thief")
+    thief, port = (int(number) for number in (tmp_path / "thief").read_text().split())
+    try:
+        assert worker.port != port
+        assert chat(worker, "hello") == "well, done"
+        assert "lost port" in hive.log()
+    finally:
+        os.kill(thief, signal.SIGKILL)
 
 
 FAILURES = {
@@ -200,14 +207,23 @@ def test_stop_lets_a_running_job_end_and_takes_no_new_one(hive: RunningHive, tmp
     report = hive.client.send("DELETE", "/v1/workers/trial?wait=0").read()
     assert json.loads(report)["state"] == "draining"
     assert hive.workers()["trial"].state is DRAINING
+    until(lambda: _is_not_ready(health), "the worker to drain")
     with pytest.raises(RbeeError) as refused:
-        until(lambda: not chat(worker, "another"), "the worker to refuse")
+        chat(worker, "another")
     assert refused.value.status == 503
     (tmp_path / "go").touch()
     asking.join(60)
     assert answers == ["well, done"]
     until(lambda: hive.workers() == {}, "the worker to end")
     health.close()
+
+
+def _is_not_ready(worker: Client) -> bool:
+    try:
+        worker.get("/health", WorkerHealth)
+    except RbeeError as problem:
+        return problem.status == 503
+    return False
 
 
 def test_a_worker_takes_what_it_started_with_it(hive: RunningHive, tmp_path: Path) -> None:

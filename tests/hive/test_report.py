@@ -55,6 +55,17 @@ def test_a_change_during_a_report_is_reported_after_it(queen: FakeQueen) -> None
     reporter.stop()
 
 
+def test_without_a_change_it_is_silent(queen: FakeQueen) -> None:
+    reporter = reporter_for(queen)
+    reporter.start()
+    until(lambda: queen.reports, "the first report")
+    reporter.changed()
+    until(lambda: len(queen.reports) == 2, "the report of the change")
+    threading.Event().wait(0.5)
+    assert len(queen.reports) == 2
+    reporter.stop()
+
+
 def test_a_heartbeat_comes_without_a_change(queen: FakeQueen) -> None:
     reporter = reporter_for(queen, heartbeat_s=0.05)
     reporter.start()
