@@ -128,7 +128,7 @@ def _reads(refs: dict[type, Json], error: Json) -> Json:
     return {
         "/v1/models": {"get": _get("List the models", {"application/json": {"schema": refs[ModelList]}}, error)},
         "/v1/models/{name}": {
-            "parameters": [_parameter("name")],
+            "parameters": [{**_parameter("name"), "example": "rbee-demo"}],
             "get": _get("Describe a model", {"application/json": {"schema": refs[ModelCard]}}, error),
         },
         "/metrics": {"get": _get("Metrics in Prometheus' text format", text, error)},

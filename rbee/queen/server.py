@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,44 @@ class ServerProcess(GeventWorker):
 
     current: ServerProcess | None = None
     _told_at: float | None = None
+    _idle: dict[gevent.Timeout, Any]
 
     def init_process(self) -> None:
         ServerProcess.current = self
+        self._idle = {}
         die_with_parent(self.ppid, signal.SIGTERM)
         super().init_process()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._told_at = time.monotonic()
         super().handle_exit(sig, frame)
+        self._end_idle_soon()
+
+    def notify(self) -> None:
+        """Called once a second."""
+        super().notify()
+        if not self.alive:
+            self._end_idle_soon()
+
+    @contextlib.contextmanager
+    def timeout_ctx(self) -> Iterator[None]:  # type: ignore[override]  # the stubs take gunicorn's abstract one for all
+        """Bound the wait for a connection's next request. gunicorn waits inside of it, and only then."""
+        timeout = gevent.Timeout(self.cfg.keepalive, False)  # type: ignore[arg-type]  # False: end in silence
+        self._idle[timeout] = gevent.getcurrent()
+        try:
+            with timeout:
+                yield
+        finally:
+            del self._idle[timeout]
+
+    def _end_idle_soon(self) -> None:
+        """Close the connections that carry no request: clients keep them open, and would hold up the end."""
+        gevent.get_hub().loop.run_callback(self._end_idle)
+
+    def _end_idle(self) -> None:
+        for timeout, greenlet in list(self._idle.items()):
+            if timeout in self._idle:
+                greenlet.throw(timeout)
 
     @staticmethod
     def draining_since() -> float | None:

@@ -128,9 +128,7 @@ class ChatRequest(Generation, kw_only=True):
 
     capability: ClassVar[str] = "chat"
 
-    messages: Annotated[
-        list[Annotated[Message, Meta(extra_json_schema=SPEAKS)]], Meta(min_length=1, max_length=4096)
-    ]
+    messages: Annotated[list[Annotated[Message, Meta(extra_json_schema=SPEAKS)]], Meta(min_length=1, max_length=4096)]
     max_completion_tokens: TokenCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
