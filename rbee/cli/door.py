@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rbee.cli import local_queen
 from rbee.cli.local_queen import Step
 from rbee.client import Client
-from rbee.errors import InvalidInput, Unreachable
+from rbee.errors import InvalidInput, TimedOut, Unreachable
 from rbee.wire.fleet import HiveView
+
+FIRST_REPORT_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,25 @@ class Door:
         return Address(url.rstrip("/").removesuffix("/v1"), self.api_key, local=False)
 
 
-def only_hive(client: Client) -> str:
+def hives(client: Client, step: Step = lambda text: None) -> list[HiveView]:
+    """Return the machines, waiting for the first one to report to a queen that has just started.
+
+    Raises: TimedOut when none does.
+    """
+    deadline = time.monotonic() + FIRST_REPORT_TIMEOUT_S
+    while not (known := client.get("/v1/hives", list[HiveView])):
+        step("waiting for the hive")
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                f"No machine reported to the queen within {FIRST_REPORT_TIMEOUT_S:g} s", hint="rbee queen logs"
+            )
+        time.sleep(0.02)
+    return known
+
+
+def only_hive(client: Client, step: Step = lambda text: None) -> str:
     """Return the name of the hive, where there is one. Raises: InvalidInput with their names, where there are more."""
-    hives = client.get("/v1/hives", list[HiveView])
-    if len(hives) == 1:
-        return hives[0].hive
-    if not hives:
-        raise Unreachable("The queen knows no machine yet", hint="rbee queen status, in a moment")
-    raise InvalidInput("There are several machines", hint=" or ".join(f"-a {hive.hive}" for hive in hives))
+    known = hives(client, step)
+    if len(known) > 1:
+        raise InvalidInput("There are several machines", hint=" or ".join(f"-a {hive.hive}" for hive in known))
+    return known[0].hive

@@ -25,8 +25,10 @@ import msgspec
 from rbee.cli import local_queen
 from rbee.cli.door import Address, only_hive
 from rbee.cli.local_queen import Step
+from rbee.cli.processes import command_line, processes_with
+from rbee.cli.queen_log import last_words
 from rbee.client import Client
-from rbee.errors import TimedOut, UnknownModel, Unreachable
+from rbee.errors import UnknownModel
 from rbee.paths import state_dir
 from rbee.wire.fleet import AddModel, ModelReport
 
@@ -34,7 +36,6 @@ PREFIX = "rbee-ephemeral-"
 END_TIMEOUT_S = 12.0
 FOLLOW_TIMEOUT_S = 6.0
 KILL_TIMEOUT_S = 5.0
-HIVE_TIMEOUT_S = 20.0
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def end(process: subprocess.Popen[bytes] | None, home: Path) -> None:
         if process is not None and process.poll() is None:
             process.kill()
             process.wait()
-        for pid in processes_of(home):
+        for pid in processes_with(mark(home)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         _await_end_of(home, KILL_TIMEOUT_S)
@@ -89,30 +90,13 @@ def sweep() -> None:
         owner = re.match(rf"{PREFIX}(\d+)-", home.name)
         with contextlib.suppress(OSError):
             mine = home.stat().st_uid == os.getuid()
-            if owner and mine and not local_queen.command_line(int(owner[1])) and not processes_of(home):
+            if owner and mine and not command_line(int(owner[1])) and not processes_with(mark(home)):
                 shutil.rmtree(home, ignore_errors=True)
-
-
-def processes_of(home: Path) -> list[int]:
-    """Return the processes that were started with this RBEE_HOME (proc(5)); none where there is no /proc."""
-    mark = b"RBEE_HOME=" + os.fsencode(home)
-    return [
-        int(entry.name)
-        for entry in Path("/proc").glob("[0-9]*")
-        if int(entry.name) != os.getpid() and mark in _environment(entry)
-    ]
-
-
-def _environment(process: Path) -> list[bytes]:
-    try:
-        return (process / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
 
 
 def _await_end_of(home: Path, limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
-    while processes_of(home) and time.monotonic() < deadline:
+    while processes_with(mark(home)) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -123,7 +107,7 @@ def _start(home: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
 
 def _last_words(log: IO[bytes]) -> str:
     log.seek(0)
-    return local_queen.last_words(log.read(1_000_000).decode(errors="replace").splitlines())
+    return last_words(log.read(1_000_000).decode(errors="replace").splitlines())
 
 
 def _listed(model: str) -> str | None:
@@ -149,13 +133,11 @@ def _listed(model: str) -> str | None:
 
 def _lend(address: Address, model: str, path: str) -> None:
     with contextlib.closing(Client(address.url, token=address.token)) as client:
-        deadline = time.monotonic() + HIVE_TIMEOUT_S
-        while True:
-            try:
-                hive = only_hive(client)
-                break
-            except Unreachable:
-                if time.monotonic() > deadline:
-                    raise TimedOut(f"The hive did not report within {HIVE_TIMEOUT_S:g} s of its start") from None
-                time.sleep(0.02)
-        client.post(f"/v1/hives/{hive}/models", AddModel(path=path, name=model), ModelReport, timeout_s=120.0)
+        client.post(
+            f"/v1/hives/{only_hive(client)}/models", AddModel(path=path, name=model), ModelReport, timeout_s=120.0
+        )
+
+
+def mark(home: Path) -> str:
+    """Return the entry of the environment by which a process is known to belong to this folder."""
+    return f"RBEE_HOME={home}"

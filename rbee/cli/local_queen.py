@@ -18,6 +18,8 @@ from typing import IO
 import msgspec
 
 from rbee import __version__
+from rbee.cli.processes import command_line, start_time
+from rbee.cli.queen_log import last_words, rotate
 from rbee.client import Client
 from rbee.errors import RbeeError, SetupProblem, TimedOut, Unreachable
 from rbee.paths import private, state_dir
@@ -28,10 +30,7 @@ DRAIN_TIMEOUT_S = 30.0
 TERM_TIMEOUT_S = 15.0
 KILL_TIMEOUT_S = 5.0
 LOCK_TIMEOUT_S = 90.0
-LOG_LIMIT_BYTES = 4 * 1024 * 1024
-LOGS_KEPT = 3
 CLOCK_SLACK_S = 10.0
-PROC = Path("/proc")
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """A file of the folder that rbee is called in must not stand in for a module of rbee, in no process that it starts."""
@@ -89,29 +88,8 @@ def is_queen(pid: int, started_at: float) -> bool:
     words = command_line(pid)
     if not any("rbee.queen" in word or "queen-rbee" in word for word in words):
         return False
-    began = process_start(pid)
+    began = start_time(pid)
     return began is None or began <= started_at + CLOCK_SLACK_S
-
-
-def command_line(pid: int) -> list[str]:
-    """Return the words of a process's command line; empty for one that has ended or is a zombie."""
-    if (PROC / "self").exists():
-        try:
-            return (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-        except OSError:
-            return []
-    shown = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return shown.stdout.split()
-
-
-def process_start(pid: int) -> float | None:
-    """Return when a process began, in seconds since 1970, or None where that cannot be known (proc(5))."""
-    try:
-        ticks = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[19])
-        boot = next(line for line in (PROC / "stat").read_text().splitlines() if line.startswith("btime"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
-    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def older(version: str) -> bool:
@@ -219,25 +197,9 @@ def wait_until_up(process: subprocess.Popen[bytes], path: Path, last_words: Call
     raise TimedOut(f"The queen did not answer within {START_TIMEOUT_S:g} s of its start", hint="rbee queen logs")
 
 
-def last_words(lines: Sequence[str]) -> str:
-    """Return the line of a log that tells best why a program ended, without time and level."""
-    told = [
-        line.strip() for line in lines if line.strip() and not line[0].isspace() and not line.startswith("Traceback")
-    ]
-    told = [line for line in told if "  try: " not in f"  {line}" or line.startswith("rbee")]
-    worst = [line for line in told if re.search(r"\b(error|critical|fail|rbee:)", line, re.IGNORECASE)]
-    line = (worst or told or [""])[-1]
-    line = re.sub(r"^\S*\d{4}-\d\d-\d\d\S*( [\d:,.+]+)?\S* *", "", line)
-    return (
-        re.sub(r"^(\[\w+\]|\w+:|[A-Z]{4,8}) +", "", line)
-        if not line.startswith("rbee:")
-        else line.removeprefix("rbee: ")
-    )
-
-
 def _launch(options: Options) -> QueenRecord:
     private(state_dir())
-    _rotate(log_path())
+    rotate(log_path())
     descriptor = os.open(log_path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(descriptor, "ab") as log:
         begin = log.seek(0, os.SEEK_END)
@@ -270,9 +232,9 @@ def _refuse_other(options: Options, record: QueenRecord) -> None:
 
 
 def _as_before(options: Options, record: QueenRecord) -> Options:
-    """A queen that is replaced by a newer one keeps its address, where no other was asked for."""
+    """Return the options with the address of the queen that is replaced, where no other was asked for."""
     return Options(
-        port=record.port if options.port is None else options.port,
+        port=options.port or record.port,
         host=record.host if options.host is None else options.host,
         hive_port=options.hive_port,
         inventory=options.inventory,
@@ -314,15 +276,6 @@ def _lock() -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _rotate(path: Path) -> None:
-    if not path.exists() or path.stat().st_size < LOG_LIMIT_BYTES:
-        return
-    for number in range(LOGS_KEPT - 1, 0, -1):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(f"{path.name}.{number}").replace(path.with_name(f"{path.name}.{number + 1}"))
-    path.replace(path.with_name(f"{path.name}.1"))
 
 
 def _numbers(version: str) -> list[int]:

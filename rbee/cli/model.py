@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from rbee.cli.command import Group, Verb, hive_option, json_option
-from rbee.cli.door import Door, only_hive
+from rbee.cli.door import Door, hives, only_hive
 from rbee.cli.naming import complete_models
 from rbee.cli.terminal import Waiting
 from rbee.client import Client
 from rbee.errors import InvalidInput, NotFound, UnknownModel
-from rbee.wire.fleet import AddModel, HiveView, ModelReport
+from rbee.wire.fleet import AddModel, ModelReport
 
 READ_ON = "docs/cli.md#rbee-model"
 ADD_TIMEOUT_S = 120.0
@@ -31,19 +31,17 @@ def command() -> None:
 @click.pass_obj
 def list_(door: Door, as_json: bool) -> None:
     """List the models of every machine."""
-    with Waiting() as waiting:
-        address = door.started(waiting.step)
-    with door.client(address) as client:
-        hives = client.get("/v1/hives", list[HiveView])
+    with Waiting() as waiting, door.client(door.started(waiting.step)) as client:
+        known = hives(client, waiting.step)
     if as_json:
         import msgspec
 
-        models = [{"hive": hive.hive, **msgspec.to_builtins(model)} for hive in hives for model in hive.models]
+        models = [{"hive": hive.hive, **msgspec.to_builtins(model)} for hive in known for model in hive.models]
         click.echo(msgspec.json.format(msgspec.json.encode(models), indent=2))
         return
     from rbee.cli.fleet_tables import show_models
 
-    show_models(hives)
+    show_models(known)
 
 
 @command.command(
@@ -54,10 +52,8 @@ def list_(door: Door, as_json: bool) -> None:
 @click.pass_obj
 def show(door: Door, name: str, as_json: bool) -> None:
     """Show all that is known of one model."""
-    with Waiting() as waiting:
-        address = door.started(waiting.step)
-    with door.client(address) as client:
-        found = _find(client, name)
+    with Waiting() as waiting, door.client(door.started(waiting.step)) as client:
+        found = _find(client, name, waiting)
     if as_json:
         import msgspec
 
@@ -95,7 +91,10 @@ def add(door: Door, path: str, name: str, hive: str | None) -> None:
             waiting.step(f"reading {path}")
             wanted = AddModel(path=path, name=name)
             added = client.post(
-                f"/v1/hives/{hive or only_hive(client)}/models", wanted, ModelReport, timeout_s=ADD_TIMEOUT_S
+                f"/v1/hives/{hive or only_hive(client, waiting.step)}/models",
+                wanted,
+                ModelReport,
+                timeout_s=ADD_TIMEOUT_S,
             )
     click.echo(added.name)
 
@@ -108,10 +107,8 @@ def add(door: Door, path: str, name: str, hive: str | None) -> None:
 @click.pass_obj
 def remove(door: Door, name: str, hive: str | None) -> None:
     """Take a model off the list; its file stays."""
-    with Waiting() as waiting:
-        address = door.started(waiting.step)
-    with door.client(address) as client:
-        found = [(where, model) for where, model in _find(client, name) if hive in (None, where)]
+    with Waiting() as waiting, door.client(door.started(waiting.step)) as client:
+        found = [(where, model) for where, model in _find(client, name, waiting) if hive in (None, where)]
         if not found:
             raise NotFound(f"The hive {hive!r} has no model {name!r}", hint="rbee model list")
         if len(found) > 1:
@@ -129,8 +126,8 @@ def _local_file(path: str) -> str:
     return str(file)
 
 
-def _find(client: Client, name: str) -> list[tuple[str, ModelReport]]:
-    known = [(hive.hive, model) for hive in client.get("/v1/hives", list[HiveView]) for model in hive.models]
+def _find(client: Client, name: str, waiting: Waiting) -> list[tuple[str, ModelReport]]:
+    known = [(hive.hive, model) for hive in hives(client, waiting.step) for model in hive.models]
     found = [(hive, model) for hive, model in known if model.name == name]
     if not found:
         import difflib

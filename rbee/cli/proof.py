@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +58,8 @@ def verify(door: Door, folder: Path, ephemeral: bool) -> int:
 
 def _difference(expected: str, found: str) -> Iterator[str]:
     """Yield where two texts part, and what each says there."""
-    at = len(os.path.commonprefix([expected, found]))
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
     line = expected.count("\n", 0, at) + 1
     yield f"different from character {at + 1} (line {line}) on:"
     begin = max(0, at - BEFORE)

@@ -92,7 +92,7 @@ def request(
     threads: int = 0,
     options: Mapping[str, str] = {},
 ) -> SpawnWorker:
-    """Return what to ask a hive for; `backend` is an engine's name or a device word, as in the seeds' examples.
+    """Return what to ask a hive for; `backend` is an engine's name, or a device's.
 
     Raises: InvalidInput when two devices are named, or GPUs without a device that has any.
     """

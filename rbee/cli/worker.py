@@ -114,8 +114,10 @@ def spawn(
     )
     with Waiting() as waiting:
         address = door.started(waiting.step)
+        with door.client(address) as client:
+            hive = hive or only_hive(client, waiting.step)
     with door.client(address) as client:
-        start(ThroughQueen(client, hive or only_hive(client)), wanted, wait=not no_wait)
+        start(ThroughQueen(client, hive), wanted, wait=not no_wait)
 
 
 @command.command(

@@ -80,7 +80,8 @@ def refused(error: RbeeError) -> Answering:
     """Return an answer that is an error."""
 
     def answer(request: Request) -> Iterator[bytes]:
-        raise error
+        if request.path:
+            raise error
         yield b""
 
     return answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,8 @@ class Person:
             stderr=subprocess.PIPE,
             cwd=self.folder,
             env=self.env(**environment),
+            # A shell starts its background jobs with SIGINT ignored, and tests may be such a job.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def processes(self) -> dict[int, str]:

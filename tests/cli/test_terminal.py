@@ -25,8 +25,8 @@ def on_a_terminal(
 ) -> str:
     """Run `rbee` in a pseudo terminal and return what a person sees on it, escape sequences and all."""
     master, slave = pty.openpty()
-    kept = {"TERM": "xterm-256color", "COLUMNS": "100", "NO_COLOR": ""}
-    env = {name: value for name, value in person.env(**kept, **environment).items() if value or name != "NO_COLOR"}
+    env = {"TERM": "xterm-256color", "COLUMNS": "100", **person.env(**environment)}
+    env = {name: value for name, value in env.items() if name != "NO_COLOR" or name in environment}
     with subprocess.Popen(person.command(*words), stdin=slave, stdout=slave, stderr=slave, env=env) as process:
         os.close(slave)
         shown = b""
