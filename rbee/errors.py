@@ -112,11 +112,11 @@ class UnknownModel(InvalidInput):
 
     def __init__(self, model: str, near: Sequence[str] = (), installed: Sequence[str] = ()) -> None:
         shown = model if len(model) <= 120 else model[:117] + "..."
-        parts = [f"The model {shown!r} is not installed on any machine"]
+        parts = [f"The model {shown!r} is not installed on any machine."]
         if near:
             parts.append("Did you mean " + " or ".join(repr(name) for name in near) + "?")
         parts.append("Installed: " + (", ".join(installed) if installed else "none"))
-        super().__init__(". ".join(parts), hint="rbee model add FILE", param="model")
+        super().__init__(" ".join(parts), hint="rbee model add FILE", param="model")
         self.model = model
 
 

@@ -160,6 +160,10 @@ class Backend(ABC):
 class ServingBackend(Backend):
     """An engine that is an OpenAI-compatible HTTP server."""
 
+    cancels_whole_answers: ClassVar[bool] = True
+    """False when closing the connection of a job that does not stream may leave it running; the worker then asks the
+    engine for a stream and puts the answer together itself."""
+
     @abstractmethod
     def load(self, spec: ModelSpec, listen: Endpoint, progress: Progress) -> Loaded:
         """Start the engine at `listen`, wait until it answers, and tell what it can do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["rbee", "plugins", "tests", "bench", "training", "rhai-py/python"]
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+def run(*command: str, **variables: str) -> None:
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
@@ -35,10 +37,15 @@ def test_style() -> None:
     run(tool("ruff"), "format", "--check", *SOURCES)
 
 
-@pytest.mark.parametrize("what", ["rbee", "tests", "bench", "plugins/echo", "plugins/xllamacpp",
-                                  "plugins/llama-cpp-python", "plugins/ctransformers"])  # fmt: skip
+FOLDERS = [str(path.relative_to(ROOT)) for place in ("tests", "plugins") for path in sorted((ROOT / place).iterdir())
+           if path.is_dir() and path.name not in ("__pycache__", "data")]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["rbee", "bench", *FOLDERS])
 def test_types(what: str) -> None:
-    run(tool("mypy"), what)
+    # Tests import what lies beside them.
+    beside = ROOT / what / "tests" if (ROOT / what / "tests").is_dir() else ROOT / what
+    run(tool("mypy"), what, MYPYPATH="" if what in ("rbee", "bench") else str(beside))
 
 
 def test_imports_go_one_way() -> None:

@@ -68,9 +68,14 @@ class _Choice(Struct, frozen=True):
     finish_reason: str | None = None
 
 
+class _Timings(Struct, frozen=True):
+    predicted_per_second: float | None = None
+
+
 class _Chunk(Struct, frozen=True):
     choices: list[_Choice] = []
     usage: Usage | None = None
+    timings: _Timings | None = None
     error: Any = None
 
 
@@ -92,6 +97,7 @@ class Reply:
         self.finish_reason = ""
         self.first_token_s: float | None = None
         self.total_s = 0.0
+        self._timings: _Timings | None = None
         self._answer = answer
         self._asked_at = asked_at
         self._on_event = on_event
@@ -109,13 +115,19 @@ class Reply:
             for choice in chunk.choices[:1]:
                 yield from self._take(choice)
             self.usage = chunk.usage or self.usage
+            self._timings = chunk.timings or self._timings
             self._note(data)
         else:
             raise WorkerLost("The answer was cut off before its end", hint="the same command again")
         self.total_s = time.monotonic() - self._asked_at
 
     def tokens_per_second(self) -> float | None:
-        """Return the speed from the first token to the last, or None for an answer too short to tell."""
+        """Return the engine's own measure of its speed, else that from the first token to the last.
+
+        None for an answer too short to tell.
+        """
+        if self._timings and self._timings.predicted_per_second:
+            return self._timings.predicted_per_second
         tokens = self.usage.completion_tokens if self.usage else 0
         if self.first_token_s is None or tokens < 2 or self.total_s <= self.first_token_s:
             return None

@@ -82,9 +82,9 @@ def status(door: Door, name: str | None, as_json: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> None:
     """Run this machine's hive in the foreground."""
-    from rbee.cli.programs import become
+    from rbee.cli.programs import become, hive_arguments
 
-    become("rbee.hive", ["run", *arguments])
+    become("rbee.hive", ["run", *hive_arguments(arguments)])
 
 
 def _hives(door: Door) -> list[HiveView]:

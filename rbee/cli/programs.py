@@ -16,6 +16,7 @@ from rbee.cli.main import run
 from rbee.errors import PluginProblem
 
 DEVICES = ("cpu", "cuda", "metal", "rocm")
+THIS_MACHINES_QUEEN = "http://127.0.0.1:7833"
 PASS_ON = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 REST = click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 
@@ -55,7 +56,7 @@ def _hive() -> None:
 @REST
 def _hive_daemon(arguments: tuple[str, ...]) -> None:
     """Run the hive; the options are those of `rbee hive run`."""
-    become("rbee.hive", ["run", *arguments])
+    become("rbee.hive", ["run", *hive_arguments(arguments)])
 
 
 @_hive.group("worker", cls=Group)
@@ -123,6 +124,12 @@ def engine_for(model: str) -> str:
     if not able:
         raise PluginProblem(f"No engine that can run here loads {kind} files", hint="rbee plugin list")
     return "xllamacpp" if "xllamacpp" in able else able[0]
+
+
+def hive_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the options of a hive started by hand: it reports to this machine's queen unless told of another."""
+    told = any(argument == "--queen" or argument.startswith("--queen=") for argument in arguments)
+    return [*arguments] if told else [*arguments, "--queen", THIS_MACHINES_QUEEN]
 
 
 def become(module: str, arguments: Sequence[str]) -> None:

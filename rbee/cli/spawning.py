@@ -101,17 +101,14 @@ def request(
             raise InvalidInput(f"--backend {backend} and --device {device} name two devices", hint="one of them")
         backend, device = "", backend
     device = device or "cpu"
-    if gpu is not None:
-        if device == "cpu" or not all(part.isascii() and part.isdigit() for part in gpu.split(",")):
-            raise InvalidInput(
-                f"--gpu {gpu} is not for {device}", hint="numbers from 0, as in: --device cuda --gpu 0,1"
-            )
-        device = f"{device}:{gpu}"
+    if gpu is not None and (device == "cpu" or not all(p.isascii() and p.isdigit() for p in gpu.split(","))):
+        raise InvalidInput(f"--gpu {gpu} is not for {device}", hint="numbers from 0, as in: --device cuda --gpu 0,1")
     return SpawnWorker(
         model=model,
         backend=backend,
         name=name,
         device=device,
+        gpus=[int(part) for part in gpu.split(",")] if gpu else [],
         port=port,
         context_tokens=ctx,
         slots=slots,

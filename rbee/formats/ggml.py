@@ -9,7 +9,9 @@ Source of the layouts: the loaders of ctransformers 0.2.27 and whisper.cpp.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -41,7 +43,9 @@ _FLOATS = frozenset({0, 1})
 _TYPES = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14})
 _REQUANTIZE = "a GGUF of the same model; files quantized before May 2023 are read by no current engine"
 
-_FILE_TYPES = frozenset({0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18})
+_FILE_TYPES = frozenset({0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14})
+_LLAMA_FILE_TYPES = _FILE_TYPES | {4, 15, 16, 17, 18}
+"""The numbers mean the same up to 9 only: llama and falcon count small and medium mixtures apart."""
 
 _BOUNDS: dict[str, tuple[int, int] | None] = {
     "vocabulary": (1, MAX_VOCABULARY),
@@ -64,13 +68,15 @@ _BOUNDS: dict[str, tuple[int, int] | None] = {
 class Layout(NamedTuple):
     """How one family orders its integers, and how its vocabulary is written.
 
-    `names` are the families that share it; `tensor` is what one of the tensors' names begins with.
+    `names` are the families that share it; `layer` is what a layer's tensors begin with, before the layer's number;
+    `each` is how many tensors a layer has, where the engine does not count them itself.
     """
 
     names: tuple[str, ...]
     magics: tuple[str, ...]
     fields: tuple[str, ...]
-    tensor: str
+    layer: str
+    each: int = 0
     counted: bool = False
     scored: bool = False
     filters: bool = False
@@ -92,12 +98,12 @@ _WHISPER = (
 )
 
 LAYOUTS = (
-    Layout(("gpt2", "starcoder"), ("ggml",), _GPT2, "model/", counted=True),
-    Layout(("gptj",), ("ggml",), _GPTJ, "transformer.h.", counted=True),
-    Layout(("gpt_neox", "dolly-v2"), ("ggml",), _NEOX, "gpt_neox."),
-    Layout(("mpt",), ("ggml",), _MPT, "transformer.blocks."),
-    Layout(("replit",), ("ggml",), _REPLIT, "transformer.blocks.", scored=True),
-    Layout(("whisper",), ("ggml",), _WHISPER, "encoder.", counted=True, filters=True),
+    Layout(("gpt2", "starcoder"), ("ggml",), _GPT2, "model/h", each=12, counted=True),
+    Layout(("gptj",), ("ggml",), _GPTJ, "transformer.h.", each=10, counted=True),
+    Layout(("gpt_neox", "dolly-v2"), ("ggml",), _NEOX, "gpt_neox.layers.", each=12),
+    Layout(("mpt",), ("ggml",), _MPT, "transformer.blocks.", each=6),
+    Layout(("replit",), ("ggml",), _REPLIT, "transformer.blocks.", each=6, scored=True),
+    Layout(("whisper",), ("ggml",), _WHISPER, "decoder.blocks.", counted=True, filters=True),
     Layout(("llama",), ("ggml",), _LLAMA, "layers."),
     Layout(("llama",), ("ggmf", "ggjt"), _LLAMA, "layers.", scored=True),
     Layout(("falcon",), ("ggml",), _FALCON, "transformer.h."),
@@ -108,6 +114,14 @@ LAYOUTS = (
 _SAME = {"gptbigcode": "starcoder"}
 _MARKS = {b"<fim_prefix>": "starcoder", b"<fim-prefix>": "starcoder", b"### End": "dolly-v2"}
 """Tokens by which families that share a layout differ."""
+
+
+class Tensor(NamedTuple):
+    """One record, without its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
 
 
 @dataclass(frozen=True)
@@ -136,12 +150,16 @@ def read_ggml_model(file: Bytes, model_type: str = "") -> ModelFile:
         if version not in _VERSIONS[kind]:
             known = ", ".join(str(number) for number in _VERSIONS[kind])
             file.refuse(f"{kind} version {version} is not known; {known} are", at=4)
-    read = _read_any(file, kind, version)
-    return _model(file, read, _family(file, read, model_type))
+    named = model_type or _configured_type(file)
+    read = _read_any(file, kind, version, named)
+    return _model(file, read, _family(file, read, named, insist=bool(model_type)))
 
 
-def _read_any(file: Bytes, kind: str, version: int) -> Read:
-    """Try every layout that this magic may have. When none fits, tell what stopped the one that came furthest."""
+def _read_any(file: Bytes, kind: str, version: int, named: str) -> Read:
+    """Try every layout that this magic may have.
+
+    When none fits, tell what stopped the named family, or else the layout that came furthest.
+    """
     start, furthest, problem = file.at, -1, None
     for layout in LAYOUTS:
         if kind not in layout.magics:
@@ -150,8 +168,9 @@ def _read_any(file: Bytes, kind: str, version: int) -> Read:
         try:
             return _read_as(file, layout, kind, version)
         except InvalidModelFile as error:
-            if file.at > furthest:
-                furthest, problem = file.at, error
+            reached = file.size if _plain(named) in map(_plain, layout.names) else file.at
+            if reached > furthest:
+                furthest, problem = reached, error
     if problem is None:
         file.refuse(f"no family is known to use {kind} files", at=0)
     raise problem
@@ -166,13 +185,16 @@ def _read_as(file: Bytes, layout: Layout, kind: str, version: int) -> Read:
     marks = _read_vocabulary(file, layout, sizes["vocabulary"])
     if kind == "ggcc":
         _skip_merges(file, sizes["merges"])
-    parameters, types = _read_tensors(file, layout, aligned=kind in ("ggjt", "ggcc"))
-    quantized = {number for number in types if number not in _FLOATS}
+    tensors = _read_tensors(file, layout, sizes, aligned=kind in ("ggjt", "ggcc"))
+    types = {tensor.type for tensor in tensors}
+    quantized = types - _FLOATS
     old = version < 3 if kind in ("ggjt", "ggmf") else sizes["ftype"] // _QUANTIZATION_FACTOR < _QUANTIZATION_VERSION
     if quantized and old and kind != "ggcc":
         file.refuse("the file has an old quantization format", at=4, hint=_REQUANTIZE)
     name = FILE_TYPES.get(sizes["ftype"] % _QUANTIZATION_FACTOR, "")
-    return Read(layout, sizes, parameters, name or TENSOR_TYPES[max(types)].name, marks)
+    return Read(
+        layout, sizes, sum(prod(tensor.shape) for tensor in tensors), name or TENSOR_TYPES[max(types)].name, marks
+    )
 
 
 def _read_sizes(file: Bytes, layout: Layout) -> dict[str, int]:
@@ -188,7 +210,11 @@ def _read_sizes(file: Bytes, layout: Layout) -> dict[str, int]:
         sizes[field] = value
     if sizes["width"] % sizes["heads"]:
         file.refuse(f"as {layout.names[0]}: {sizes['heads']} heads do not divide a width of {sizes['width']}")
-    if sizes["ftype"] % _QUANTIZATION_FACTOR not in _FILE_TYPES:
+    # One head makes the GPT-2 loader of ctransformers 0.2.27 write out of bounds.
+    if sizes["heads"] == 1 and not layout.filters:
+        file.refuse(f"as {layout.names[0]}: a single attention head, with which engines crash")
+    known = _FILE_TYPES if layout.each or layout.filters else _LLAMA_FILE_TYPES
+    if sizes["ftype"] % _QUANTIZATION_FACTOR not in known:
         file.refuse(f"as {layout.names[0]}: the file type {sizes['ftype']} is not known")
     if sizes.get("context", 1) * sizes["width"] * sizes["layers"] > MAX_ELEMENTS:
         file.refuse(f"as {layout.names[0]}: the key-value cache would have more than {MAX_ELEMENTS} elements")
@@ -231,26 +257,36 @@ def _skip_merges(file: Bytes, claimed: int) -> None:
         _word(file, "a merge")
 
 
-def _read_tensors(file: Bytes, layout: Layout, *, aligned: bool) -> tuple[int, set[int]]:
-    """Go past all tensor records; return the number of parameters and the types met."""
-    names: set[bytes] = set()
-    types: set[int] = set()
-    parameters = 0
+def _read_tensors(file: Bytes, layout: Layout, sizes: Mapping[str, int], *, aligned: bool) -> list[Tensor]:
+    """Go past all tensor records, and check that they are the ones that the header promises."""
+    tensors: dict[str, Tensor] = {}
     while file.left():
-        elements, kind, name = _read_tensor(file, layout, aligned=aligned)
-        if name in names:
-            file.refuse(f"the tensor {shown(name)} occurs twice")
-        if len(names) == MAX_TENSORS:
-            file.refuse(f"the file has more than {MAX_TENSORS} tensors")
-        names.add(name)
-        types.add(kind)
-        parameters += elements
-    if not any(name.startswith(layout.tensor.encode()) for name in names):
-        file.refuse(f"as {layout.names[0]}: no tensor's name begins with {layout.tensor}")
-    return parameters, types
+        start = file.at
+        tensor = _read_tensor(file, layout, aligned=aligned)
+        if tensor.name in tensors:
+            file.refuse(f"the tensor {shown(tensor.name)} occurs twice", at=start)
+        if len(tensors) == MAX_TENSORS:
+            file.refuse(f"the file has more than {MAX_TENSORS} tensors", at=start)
+        tensors[tensor.name] = tensor
+    _check_layers(file, layout, sizes["layers"], tensors)
+    embeddings = (sizes["width"], sizes["vocabulary"])
+    if not any(tensor.shape == embeddings for tensor in tensors.values()):
+        file.refuse(f"as {layout.names[0]}: no tensor has the shape of the token embeddings, {list(embeddings)}")
+    return list(tensors.values())
 
 
-def _read_tensor(file: Bytes, layout: Layout, *, aligned: bool) -> tuple[int, int, bytes]:
+def _check_layers(file: Bytes, layout: Layout, layers: int, names: Iterable[str]) -> None:
+    """Refuse missing or surplus layers: the loaders leave what they do not find as it was in memory."""
+    number = re.compile(re.escape(layout.layer) + r"(\d{1,4})\b")
+    tensors_of = Counter(int(found[1]) for found in map(number.match, names) if found)
+    if set(tensors_of) != set(range(layers)):
+        file.refuse(f"as {layout.names[0]}: the header promises {layers} layers, the file has {len(tensors_of)}")
+    for layer, count in tensors_of.items():
+        if layout.each and count != layout.each:
+            file.refuse(f"as {layout.names[0]}: layer {layer} has {count} tensors; {layout.each} are needed")
+
+
+def _read_tensor(file: Bytes, layout: Layout, *, aligned: bool) -> Tensor:
     """Go past one record: dimensions, length of the name, type, shape, name, padding to 32 where aligned, data."""
     start = file.at
     dimensions, length, number = (file.u32("a tensor's header") for _ in range(3))
@@ -259,34 +295,34 @@ def _read_tensor(file: Bytes, layout: Layout, *, aligned: bool) -> tuple[int, in
         file.refuse(f"a tensor claims {dimensions} dimensions and a name of {length} bytes", at=start)
     if number not in _TYPES:
         file.refuse(f"a tensor has the unknown or removed type {number}", at=start + 8, hint=_REQUANTIZE)
-    shape = [file.u32("a tensor's shape") for _ in range(dimensions)]
+    shape = tuple(file.u32("a tensor's shape") for _ in range(dimensions))
     name = file.take(length, "a tensor's name")
     kind = TENSOR_TYPES[number]
     elements = prod(shape)
     if not 0 < elements <= MAX_ELEMENTS or shape[0] % kind.block_elements:
-        file.refuse(f"the tensor {shown(name)} has the impossible shape {shape} for {kind.name}", at=start)
+        file.refuse(f"the tensor {shown(name)} has the impossible shape {list(shape)} for {kind.name}", at=start)
     if aligned:
         file.skip(-file.at % 32, "padding")
     file.skip(elements // kind.block_elements * kind.block_bytes, f"the tensor {shown(name)}")
-    return elements, number, name
+    return Tensor(name.decode("utf-8", "backslashreplace"), shape, number)
 
 
-def _family(file: Bytes, read: Read, model_type: str) -> str:
-    """Tell the family: the caller's word, the configuration beside the file, then the file itself; "" when open."""
-    named = model_type or _configured_type(file)
-    family = _SAME.get(named.replace("-", "").replace("_", "").lower(), named)
-    fits = {name.replace("-", "").replace("_", ""): name for name in read.layout.names}
-    plain = family.replace("-", "").replace("_", "").lower()
-    if plain in fits:
-        return fits[plain]
-    if model_type:
-        _refuse_family(file, model_type, read)
+def _family(file: Bytes, read: Read, named: str, *, insist: bool) -> str:
+    """Tell the family: as it was named, or what the layout or a token says; "" when that leaves two."""
+    fits = {_plain(name): name for name in read.layout.names}
+    if _plain(named) in fits:
+        return fits[_plain(named)]
+    if insist:
+        _refuse_family(file, named, read)
     if len(read.layout.names) == 1:
         return read.layout.names[0]
-    return next(
-        (name for mark, name in _MARKS.items() if mark in read.marks and name in read.layout.names),
-        "",
-    )
+    return next((name for mark, name in _MARKS.items() if mark in read.marks and name in read.layout.names), "")
+
+
+def _plain(family: str) -> str:
+    """Return a family's name as ctransformers compares it: letters and digits only, and one name for each."""
+    plain = "".join(letter for letter in family if letter.isalnum())
+    return _SAME.get(plain, plain)
 
 
 def _refuse_family(file: Bytes, model_type: str, read: Read) -> NoReturn:

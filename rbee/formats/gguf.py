@@ -25,6 +25,7 @@ MAX_KEY_BYTES = 1024
 MAX_TENSOR_NAME_BYTES = 64
 MAX_STRINGS = 4 * 1024 * 1024
 MAX_NESTING = 3
+MAX_METADATA_BYTES = 512 * 1024 * 1024
 MAX_ALIGNMENT = 16 * 1024 * 1024
 MAX_ELEMENTS = 2**63 - 1
 KEPT_BYTES = 4 * 1024 * 1024
@@ -97,6 +98,8 @@ def read_gguf(file: Bytes) -> Gguf:
     metadata = _Metadata(file, gguf)
     for _ in range(key_count):
         metadata.read_pair()
+        if file.at > MAX_METADATA_BYTES:
+            file.refuse(f"the metadata is longer than {MAX_METADATA_BYTES} bytes")
     gguf.alignment = _alignment(file, gguf)
     names: set[str] = set()
     for index in range(tensor_count):
@@ -107,13 +110,9 @@ def read_gguf(file: Bytes) -> Gguf:
 
 
 def strings_of(file: Bytes, array: ArrayAt, what: str, limit: int) -> Iterator[bytes]:
-    """Yield an array's strings, each at most `limit` bytes, without keeping them."""
+    """Read an array's strings again, each at most `limit` bytes, without keeping them."""
     file.at = array.offset
-    for index in range(array.length):
-        length = file.u64(what)
-        if length > limit:
-            file.refuse(f"{what} {index} has {length} bytes; {limit} are allowed", at=file.at - 8)
-        yield file.take(length, what)
+    return file.strings(array.length, limit, what)
 
 
 def _read_header(file: Bytes) -> tuple[Gguf, int, int]:
@@ -271,12 +270,11 @@ class _Metadata:
                 f"the array {shown(key)} is nested more than {MAX_NESTING} deep",
                 at=self._file.at - 12,
             )
+        if element == STRING:
+            self._file.skip_strings(length, shown(key), MAX_METADATA_BYTES)
+            return
         for _ in range(length):
-            if element == STRING:
-                length_bytes = self._length(key)
-                self._file.at += length_bytes
-            else:
-                self._skip_array(key, depth - 1)
+            self._skip_array(key, depth - 1)
 
 
 def _type_name(element: int) -> str:
@@ -363,7 +361,8 @@ def _check_extents(file: Bytes, gguf: Gguf) -> None:
             )
         if tensor.offset + tensor.size_bytes > room:
             file.refuse(
-                f"the tensor {shown(tensor.name)} ends {tensor.offset + tensor.size_bytes - room} bytes past the end of the file",
+                f"the tensor {shown(tensor.name)} ends {tensor.offset + tensor.size_bytes - room} bytes past the "
+                "end of the file",
                 at=tensor.at,
             )
     ordered = sorted(gguf.tensors, key=lambda tensor: tensor.offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from types import MappingProxyType
 from typing import NoReturn, TypedDict
 
@@ -35,6 +36,8 @@ _IMAGE = frozenset({
     "flux", "sd1", "sd2", "sd3", "sdxl", "aura", "lumina2", "hidream", "qwen_image", "chroma", "pixart",
 })  # fmt: skip
 _VIDEO = frozenset({"cosmos", "hyvid", "ltxv", "wan"})
+_NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
+_VECTORS = frozenset({"F32", "F16", "BF16"})
 _PARTS = frozenset({"adapter", "mmproj", "imatrix", "vocab"})
 """Values of general.type for files that are a part of a model or say something about one."""
 
@@ -60,6 +63,9 @@ def model_of(file: Bytes, gguf: Gguf, parts: Sequence[Gguf], size_bytes: int) ->
     texts = bool(capabilities) and not set(capabilities) & {Capability.IMAGE, Capability.VIDEO}
     sizes = _sizes(claims, architecture, required=texts)
     vocabulary = _check_tokenizer(claims, required=texts)
+    if texts:
+        _check_floats(claims, architecture)
+        _check_weights(file, parts)
     if texts and not gguf.tensors:
         file.refuse(
             "the file has no tensors",
@@ -180,6 +186,26 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
     )
 
 
+def _check_floats(claims: _Claims, architecture: str) -> None:
+    """Refuse a float that is not finite, and a negative epsilon: ggml asserts on them while it computes."""
+    for key, value in claims.gguf.metadata.items():
+        if isinstance(value, float) and key.startswith(architecture + "."):
+            if not isfinite(value):
+                claims.refuse(key, f"is {value}; it must be finite")
+            if key.endswith("epsilon") and not 0 <= value < 1:
+                claims.refuse(key, f"is {value}; it must be from 0 to 1")
+
+
+def _check_weights(file: Bytes, parts: Sequence[Gguf]) -> None:
+    """Refuse a weight of a type that ggml stores but does not multiply with; it ends the process when it meets one."""
+    for part in parts:
+        for tensor in part.tensors:
+            if not tensor.name.endswith((".weight", ".bias")):
+                continue
+            if tensor.type.name in _NO_WEIGHTS or (len(tensor.shape) == 1 and tensor.type.name not in _VECTORS):
+                file.refuse(f"the tensor {shown(tensor.name)} is {tensor.type.name}, which no weight is", at=tensor.at)
+
+
 def _quantization(gguf: Gguf, parts: Sequence[Gguf]) -> str:
     """Name the mixture that the file claims, or the type that most bytes have."""
     claimed = gguf.metadata.get("general.file_type")
@@ -235,7 +261,7 @@ def _check_tokens(claims: _Claims, tokens: ArrayAt) -> None:
     """Refuse a token that occurs twice, and a byte token that names no byte: llama.cpp ends the process at either.
 
     A bitmap marks each token's hash; only tokens that meet a marked bit are compared as text in a second pass. So the
-    memory is at most 16 MiB plus a few thousand tokens, whatever the file claims, where a set of all tokens takes 100 MiB.
+    memory is at most 16 MiB plus a few thousand tokens, whatever the file claims; a set of all tokens would take 100.
     """
     byte_tokens = _byte_tokens(claims, tokens.length)
     mask = (1 << max(16, (64 * tokens.length).bit_length())) - 1

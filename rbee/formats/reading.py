@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,8 @@ from typing import NoReturn
 from rbee.errors import InvalidModelFile
 
 WINDOW_BYTES = 256 * 1024
+
+_LENGTH = struct.Struct("<Q").unpack_from
 
 DOWNLOAD_AGAIN = "download it again and compare its SHA-256 with the publisher's"
 
@@ -103,6 +105,41 @@ class Bytes:
     def skip(self, count: int, what: str) -> None:
         self.need(count, what)
         self.at += count
+
+    def strings(self, count: int, limit: int, what: str) -> Iterator[bytes]:
+        """Yield the next `count` strings, each a uint64 length of at most `limit` and that many bytes.
+
+        A vocabulary has some hundred thousand of them, so those that lie in the window are taken without a call.
+        """
+        for index in range(count):
+            start = self.at - self._window_at
+            if not 0 <= start <= len(self._window) - 8:
+                self.take(8, what)
+                self.at, start = self.at - 8, 0
+            (length,) = _LENGTH(self._window, start)
+            end = start + 8
+            if length > limit:
+                self.refuse(f"{what} {index} claims {length} bytes; {min(limit, self.left())} are allowed or left")
+            if end + length <= len(self._window):
+                self.at += 8 + length
+                yield self._window[end : end + length]
+            else:
+                self.at += 8
+                yield self.take(length, what)
+
+    def skip_strings(self, count: int, what: str, limit: int) -> None:
+        """Go past the next `count` strings, which must end before the offset `limit`."""
+        at, size, base, window = self.at, min(self.size, limit), self._window_at, self._window
+        for _ in range(count):
+            if not 0 <= at - base <= len(window) - 8:
+                self.at = at
+                self.take(8, what)
+                base, window = self._window_at, self._window
+            (length,) = _LENGTH(window, at - base)
+            if length > size - at - 8:
+                self.refuse(f"a string of {what} claims {length} bytes, but {max(0, size - at - 8)} are left", at=at)
+            at += 8 + length
+        self.at = at
 
     def u32(self, what: str) -> int:
         return int.from_bytes(self.take(4, what), "little")

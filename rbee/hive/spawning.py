@@ -97,7 +97,8 @@ def _find_engine(name: str, engines: Sequence[EngineReport]) -> EngineReport:
                 raise PluginProblem(f"The engine {name} cannot run here: {engine.problem}", hint="rbee plugin list")
             return engine
     installed = ", ".join(engine.name for engine in engines) or "none"
-    raise PluginProblem(f"No engine named {name[:100]!r} is installed. Installed: {installed}", hint="rbee plugin list")
+    words = f"No engine named {name[:100]!r} is installed. Installed: {installed}"
+    raise NotSupported(words, hint="rbee plugin list", param="backend")
 
 
 def _default_engine(model: ModelReport, engines: Sequence[EngineReport]) -> EngineReport:

@@ -245,6 +245,7 @@ class Workers:
             engine_socket=self._launcher.socket_path(name),
             hive_url=self._hive_url(),
             device=request.device,
+            gpus=request.gpus,
             context_tokens=request.context_tokens,
             slots=request.slots,
             threads=request.threads,

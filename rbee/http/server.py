@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -37,12 +38,13 @@ from rbee.errors import (
     SetupProblem,
 )
 from rbee.wire.errors import encode_error
-from rbee.wire.openai import MAX_BODY_BYTES, invalid
+from rbee.wire.openai import MAX_BODY_BYTES, parse
 
 log = logging.getLogger("rbee.http")
 
 MAX_CONNECTIONS = 512
 IDLE_TIMEOUT_S = 30.0
+LINGER_S, LINGER_BYTES = 5.0, 64 * 1024 * 1024
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 T = TypeVar("T")
 
@@ -61,12 +63,7 @@ class Request:
 
     def json(self, type_: type[T]) -> T:
         """Decode and check the body. Raises: InvalidRequest."""
-        try:
-            return msgspec.json.decode(self.body, type=type_)
-        except msgspec.ValidationError as problem:
-            raise invalid(problem) from None
-        except (msgspec.DecodeError, RecursionError) as problem:
-            raise InvalidRequest(f"The request body is not valid JSON: {problem}") from None
+        return parse(self.body, msgspec.json.Decoder(type_))
 
     def require(self, token: str) -> None:
         """Check the bearer token in constant time. Raises: AccessDenied."""
@@ -170,9 +167,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                request.sendall(
-                    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                )
+                request.sendall(_full())
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
@@ -193,6 +188,12 @@ class Server(ThreadingHTTPServer):
         problem = sys.exc_info()[1]
         if not isinstance(problem, OSError):
             log.error("connection from %s: %r", client_address, problem, exc_info=problem)
+
+
+def _full() -> bytes:
+    body = encode_error(Busy(f"{MAX_CONNECTIONS} connections are open, which is the limit"))
+    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json"
+    return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class _Connection(BaseHTTPRequestHandler):
@@ -336,6 +337,19 @@ class _Connection(BaseHTTPRequestHandler):
             headers["WWW-Authenticate"] = "Bearer"
         body = encode_error(problem, anthropic=path.startswith("/v1/messages"))
         self._send(Response(body, problem.status, headers=headers))
+        if isinstance(problem, PayloadTooLarge):
+            self._linger()
+
+    def _linger(self) -> None:
+        """Read away what a client still sends: a close with unread data resets the connection, and the answer is
+        lost with it (RFC 9112, 9.6).
+        """
+        end, left = time.monotonic() + LINGER_S, LINGER_BYTES
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1.0)
+            while left > 0 and time.monotonic() < end and (data := self.connection.recv(65536)):
+                left -= len(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what the standard library's parser refuses, in OpenAI's form."""

@@ -46,13 +46,20 @@ EPHEMERAL_PREFIX = "rbee-ephemeral-"
 
 def main() -> None:
     """Run the queen in this process until it is told to stop."""
+    master_pid = os.getpid()
+    arguments = _arguments(sys.argv[1:])
+    # Until gunicorn listens to signals, one must unwind the stack, so that an ephemeral home does not stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    die_with_parent(arguments.parent, signal.SIGTERM)
     try:
-        settings = _settings(_arguments(sys.argv[1:]))
-        die_with_parent(settings.parent_pid, signal.SIGTERM)
-        run(settings)
+        run(_settings(arguments))
     except RbeeError as problem:
         print(f"rbee: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
+    finally:
+        # A server process leaves through here as well: it was forked.
+        if arguments.ephemeral and os.getpid() == master_pid:
+            _remove_home()
 
 
 def run(settings: Settings) -> None:
@@ -114,6 +121,9 @@ class QueenArbiter(Arbiter):
 
     def start(self) -> None:
         super().start()
+        # gunicorn makes it inheritable for its re-exec; a hive that held it too would keep the port after the queen.
+        for listener in self.LISTENERS:
+            listener.sock.set_inheritable(False)
         settings = self._listening(self._application.settings)
         self._application.settings = settings
         _write_record(settings)
@@ -276,6 +286,9 @@ def _write_record(settings: Settings) -> None:
 def _remove_record(settings: Settings) -> None:
     with contextlib.suppress(OSError):
         (settings.state_dir / RECORD).unlink()
+
+
+def _remove_home() -> None:
     home = Path(os.environ.get("RBEE_HOME", "/"))
-    if settings.ephemeral and home.parent == Path(tempfile.gettempdir()) and home.name.startswith(EPHEMERAL_PREFIX):
+    if home.parent == Path(tempfile.gettempdir()) and home.name.startswith(EPHEMERAL_PREFIX):
         shutil.rmtree(home, ignore_errors=True)

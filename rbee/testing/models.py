@@ -31,6 +31,7 @@ CHAT_TEMPLATE = (
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz "
 _LOUD = 6.0
 _SILENT = -60.0
+_END_BONUS = 7.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ def write_random_gguf(path: Path, size_bytes: int, seed: int = 0, *, quantizatio
     It never stops by itself and generates letters, so that a measurement gets every token it asks for. The size comes
     within one layer of what was asked: width 1024, 16 heads, as many layers as fit.
     """
-    from rbee.formats.tensor_types import TENSOR_TYPES
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     width, feed_forward = 1024, 2816
-    kind = next(kind for kind in TENSOR_TYPES.values() if kind.name == quantization)
-    layer_bytes = (4 * width + 3 * feed_forward) * width * kind.block_bytes // kind.block_elements
+    block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[quantization]]
+    layer_bytes = (4 * width + 3 * feed_forward) * width * block_bytes // block_elements
     shape = _Shape(max(1, round(size_bytes / layer_bytes)), width, 16, feed_forward, 4096)
     return _write_llama(path, shape, seed, name="random-llama", template=True, ends=False, quantization=quantization)
 
@@ -88,12 +89,19 @@ def write_embedding_gguf(path: Path, *, width: int = 64, layers: int = 1, contex
 
 
 def write_rerank_gguf(path: Path, *, width: int = 64, layers: int = 1, context: int = 512, seed: int = 0) -> Path:
-    """Write a BERT with a classification head (pooling RANK), and return `path`. Its scores are arbitrary but stable."""
+    """Write a BERT with a classification head (pooling RANK), and return `path`. Its scores say nothing."""
     return _write_bert(path, _Shape(layers, width, 4, 2 * width, context), seed, rank=True)
 
 
 def write_gpt2_ggml(
-    path: Path, *, layers: int = 1, width: int = 32, heads: int = 4, context: int = 256, seed: int = 0, ends: bool = False
+    path: Path,
+    *,
+    layers: int = 1,
+    width: int = 32,
+    heads: int = 4,
+    context: int = 256,
+    seed: int = 0,
+    ends: bool = False,
 ) -> Path:
     """Write a GPT-2 in the file format from before GGUF, as ctransformers 0.2.27 loads it, and return `path`.
 
@@ -108,7 +116,9 @@ def write_gpt2_ggml(
         stream.write(struct.pack("<i", len(tokens)))
         for token in tokens:
             stream.write(struct.pack("<I", len(token)) + token)
-        for tensor, value in _gpt2_weights(_Shape(layers, width, heads, 4 * width, context), seed, _wanted(tokens, ends)):
+        for tensor, value in _gpt2_weights(
+            _Shape(layers, width, heads, 4 * width, context), seed, _wanted(tokens, ends)
+        ):
             _write_ggml_tensor(stream, tensor, np.asarray(value, dtype=np.float32))
     return path
 
@@ -127,7 +137,7 @@ def _gpt2_weights(shape: _Shape, seed: int, wanted: Floats) -> list[tuple[str, F
     width, zeros, ones = shape.width, np.zeros(shape.width, np.float32), np.ones(shape.width, np.float32)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Floats:
-        return (random.standard_normal((rows, columns)) * scale / columns**0.5).astype(np.float32)
+        return random.standard_normal((rows, columns), np.float32) * np.float32(scale / columns**0.5)
 
     constant = zeros.copy()
     constant[0] = 1.0
@@ -148,7 +158,10 @@ def _gpt2_weights(shape: _Shape, seed: int, wanted: Floats) -> list[tuple[str, F
             ("mlp/c_fc", 4 * width, width),
             ("mlp/c_proj", width, 4 * width),
         ):
-            weights += [(f"{prefix}/{name}/w", matrix(rows, columns)), (f"{prefix}/{name}/b", np.zeros(rows, np.float32))]
+            weights += [
+                (f"{prefix}/{name}/w", matrix(rows, columns)),
+                (f"{prefix}/{name}/b", np.zeros(rows, np.float32)),
+            ]
     return weights
 
 
@@ -156,14 +169,20 @@ def _wanted(tokens: list[bytes], ends: bool) -> Floats:
     """Return for each token how much the model shall want it: letters and spaces, perhaps the last token, no other."""
     import numpy as np
 
-    loud = [len(token) == 1 and token in _LETTERS for token in tokens]
-    loud[-1] = ends
-    return np.where(loud, np.float32(_LOUD), np.float32(_SILENT)).astype(np.float32)
+    wanted = [_LOUD if len(token) == 1 and token in _LETTERS else _SILENT for token in tokens]
+    wanted[-1] = _LOUD + _END_BONUS if ends else _SILENT
+    return np.array(wanted, dtype=np.float32)
 
 
 def _output(rows: Floats, wanted: Floats, constant: float) -> Floats:
-    """Make an output matrix that adds `wanted` to the logits, through dimension 0, which is about `constant`."""
-    rows = rows * _LOUD
+    """Make an output matrix that adds `wanted` to the logits, through dimension 0, which is about `constant`.
+
+    The last token, the end, is wanted alike in every context; so each text meets a place where no letter outbids it.
+    """
+    import numpy as np
+
+    rows = (rows * _LOUD).astype(np.float32)
+    rows[-1] = 0.0
     rows[:, 0] = wanted / constant
     return rows
 
@@ -204,7 +223,9 @@ def _write_llama(
     return _finish(writer, path)
 
 
-def _add_llama_weights(writer: GGUFWriter, shape: _Shape, seed: int, wanted: Floats, quantization: Quantization) -> None:
+def _add_llama_weights(
+    writer: GGUFWriter, shape: _Shape, seed: int, wanted: Floats, quantization: Quantization
+) -> None:
     """Add the tensors, each quantized as soon as it is made, so that a large file takes its own size of memory.
 
     Dimension 0 of every embedding is large, and no layer writes to it; so it survives the last norm as a good

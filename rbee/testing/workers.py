@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class RunningWorker:
     spec: WorkerSpec
     log_file: Path
     url: str = ""
+    _kept: dict[str, Upstream] = field(default_factory=dict)
+    _clients: list[Client] = field(default_factory=list)
 
     @property
     def log(self) -> str:
@@ -43,12 +45,13 @@ class RunningWorker:
 
     @property
     def client(self) -> Client:
-        """Return a client with the worker's token."""
-        return Client(self.url, token=self.spec.token, timeout_s=ANSWER_S)
+        """Return a client with the worker's token; it is closed with the worker."""
+        self._clients = self._clients or [Client(self.url, token=self.spec.token, timeout_s=ANSWER_S)]
+        return self._clients[0]
 
     def health(self) -> WorkerHealth:
         """Return the worker's health, ready or not."""
-        answer = Upstream(self.url).request("GET", "/health", timeout_s=ANSWER_S)
+        answer = self.send("/health", b"", method="GET", token="")
         return msgspec.json.decode(answer.read(), type=WorkerHealth)
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +60,10 @@ class RunningWorker:
 
     def send(self, path: str, body: bytes, *, method: str = "POST", token: str | None = None) -> Answer:
         """Send raw bytes and return the answer's head, whatever its status."""
-        upstream = Upstream(self.url, token=self.spec.token if token is None else token)
-        return upstream.request(method, path, body, timeout_s=ANSWER_S)
+        given = self.spec.token if token is None else token
+        if given not in self._kept:
+            self._kept[given] = Upstream(self.url, token=given)
+        return self._kept[given].request(method, path, body, timeout_s=ANSWER_S)
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """POST with `stream` and yield the events' JSON; `[DONE]` comes as {"done": "[DONE]"}."""
@@ -74,6 +79,13 @@ class RunningWorker:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the worker."""
         self.process.send_signal(number)
+
+    def close(self) -> None:
+        """Close the connections to the worker."""
+        for upstream in self._kept.values():
+            upstream.close()
+        for client in self._clients:
+            client.close()
 
     def wait(self) -> int:
         """Wait until the worker ends and return its exit code."""
@@ -103,6 +115,7 @@ def started_worker(spec: WorkerSpec, *, env: Mapping[str, str] = {}) -> Iterator
             _find_port(worker)
             yield worker
         finally:
+            worker.close()
             _end(process)
 
 

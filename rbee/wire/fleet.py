@@ -124,6 +124,7 @@ class SpawnWorker(Struct, frozen=True, kw_only=True):
     backend: str
     name: str = ""
     device: str = "cpu"
+    gpus: Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=64)] = []
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     context_tokens: Annotated[int, Meta(ge=0, le=16_777_216)] = 0
     slots: Annotated[int, Meta(ge=0, le=1024)] = 0

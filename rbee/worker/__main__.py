@@ -19,6 +19,7 @@ from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
 from rbee.worker import backends, settings
 
 DRAIN_S = 10.0
+LAST_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,10 @@ def run(spec: WorkerSpec) -> int:
         raise
     app.start(on_end=lambda: os.write(end_writer, b"f"))
     os.read(end_reader, 1)
+    # An engine that hangs in native code must not keep a worker that was told to end.
+    last = threading.Timer(DRAIN_S + LAST_S, os._exit, (1,))
+    last.daemon = True
+    last.start()
     app.end(DRAIN_S)
     if app.runner.status != "failed":
         return 0

@@ -7,19 +7,22 @@ import threading
 
 from rbee.client import Client
 from rbee.errors import RbeeError
-from rbee.wire.fleet import WorkerReady
+from rbee.wire.fleet import WorkerReady, WorkerState
 
 log = logging.getLogger("rbee.worker")
 
 PATIENCE_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0)
 """The pauses between tries: a hive that restarts is back within them."""
+BAD_NEWS_TRIES = 6
+"""A worker that failed ends; its hive notices that as well."""
 
 
 def announce(hive_url: str, token: str, ready: WorkerReady, stop: threading.Event) -> bool:
     """Post `ready` to the hive until it takes it, `stop` is set or patience ends; return whether it took it."""
     client = Client(hive_url, token=token, timeout_s=5.0)
     try:
-        for pause_s in (*PATIENCE_S, None):
+        patience_s = PATIENCE_S[:BAD_NEWS_TRIES] if ready.state == WorkerState.FAILED else PATIENCE_S
+        for pause_s in (*patience_s, None):
             try:
                 client.send("POST", "/v1/workers/ready", ready).read()
                 return True

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
+import logging
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -29,6 +31,8 @@ from rbee.worker.relay import ClientLeft, error_event
 from rbee.worker.render import Renderer
 from rbee.worker.runner import Runner
 
+log = logging.getLogger("rbee.worker")
+
 LOOK_S = 0.05
 DONE = b"data: [DONE]\n\n"
 NO_LIMIT = 1 << 31
@@ -43,15 +47,18 @@ class Answers:
         self._lock = threading.Lock()
         self._slots: Slots | None = None
         self._renderer: Renderer | None = None
+        self._closed = False
 
     def prepare(self) -> None:
         """Start what the first job would wait for. The model is loaded."""
         if Capability.CHAT in self._runner.capabilities:
-            self._template().start()
+            with contextlib.suppress(RbeeError):  # it was told to end meanwhile
+                self._template().start()
 
     def close(self) -> None:
         """End the renderer's process."""
         with self._lock:
+            self._closed = True
             renderer = self._renderer
         if renderer is not None:
             renderer.close()
@@ -180,6 +187,8 @@ class Answers:
 
     def _template(self) -> Renderer:
         with self._lock:
+            if self._closed:
+                raise RbeeError("The worker is shutting down")
             if self._renderer is None:
                 self._renderer = Renderer(self._backend.chat_template(), self._backend.special_tokens())
             return self._renderer
@@ -260,6 +269,9 @@ def as_error(problem: Exception) -> RbeeError:
     text = " ".join(str(problem).split())[:500] or type(problem).__name__
     if isinstance(problem, ValueError):
         return InvalidRequest(text)
+    # Where it broke, without the words: they may hold a part of the prompt.
+    where = "".join(traceback.format_tb(problem.__traceback__))
+    log.error("the engine raised %s\n%s", type(problem).__name__, where)
     return WorkerLost(f"The engine failed in the middle of this job: {text}")
 
 

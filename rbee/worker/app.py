@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from rbee.errors import Forbidden, MethodNotAllowed, NotFound, NotSupported, UnknownModel
 from rbee.http.server import Handler, Request, Response, Routes, Server, reply
-from rbee.plugin import AnsweringBackend, Backend
+from rbee.plugin import AnsweringBackend, Backend, ServingBackend
 from rbee.wire.fleet import WorkerSpec
 from rbee.wire.openai import REQUESTS, ExecuteRequest, InferenceRequest, ModelCard, ModelList, decode
 from rbee.worker import execute
@@ -151,9 +151,12 @@ class App:
             raise NotFound(f"There is nothing at {request.path[:200]}")
         return self._tracked(request, lambda: self._relay(request, None))
 
-    def _relay(self, request: Request, _: InferenceRequest | None) -> Response:
-        assert self.runner.upstream is not None
-        return relay(self.runner.upstream, request, self.runner.ending_fd)
+    def _relay(self, request: Request, wanted: InferenceRequest | None) -> Response:
+        runner = self.runner
+        assert runner.upstream is not None
+        cancels = not isinstance(runner.backend, ServingBackend) or runner.backend.cancels_whole_answers
+        whole = wanted is not None and not wanted.stream and not cancels
+        return relay(runner.upstream, request, runner.ending_fd, whole_as_stream=whole)
 
     def _tracked(self, request: Request, answer: Callable[[], Response]) -> Response:
         job = Tracked(self.runner, request.path, known=request.path in REQUESTS)

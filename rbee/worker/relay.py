@@ -12,6 +12,7 @@ from rbee.errors import Lost, RbeeError, TimedOut, WorkerLost
 from rbee.http.server import Request, Response
 from rbee.http.upstream import Answer, Upstream
 from rbee.wire.errors import decode_error, encode_error
+from rbee.worker.assembly import Assembly, asked_as_stream
 from rbee.worker.shapes import Events, complete, events_of
 
 ANSWER_TIMEOUT_S = 3600.0
@@ -60,24 +61,28 @@ class Watch:
                 raise TimedOut(f"The engine was silent for {ANSWER_TIMEOUT_S:g} s")
 
 
-def relay(upstream: Upstream, request: Request, ending_fd: int) -> Response:
+def relay(upstream: Upstream, request: Request, ending_fd: int, *, whole_as_stream: bool = False) -> Response:
     """Send a request on to the engine and return its answer, whole or as it comes.
 
+    `whole_as_stream` asks the engine for a stream and puts it together, for an engine that cancels only streams.
     Raises: UpstreamError with the engine's own words, WorkerLost when it died before the first byte, ClientLeft.
     """
     watch = Watch(request, ending_fd)
+    body, assembly = request.body, None
+    if whole_as_stream and (asked := asked_as_stream(request.path, request.body)):
+        body, assembly = asked
     headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
     path = f"{request.path}?{urlencode(request.query, doseq=True)}" if request.query else request.path
-    answer = upstream.request(
-        request.method, path, request.body, headers=headers, timeout_s=ANSWER_TIMEOUT_S, wait=watch
-    )
+    answer = upstream.request(request.method, path, body, headers=headers, timeout_s=ANSWER_TIMEOUT_S, wait=watch)
     try:
         if answer.status >= 400:
             raise decode_error(answer.status, answer.read(MAX_ERROR_BYTES, ANSWER_TIMEOUT_S))
         content_type = answer.headers.get("content-type", "application/json")
+        if assembly is not None and content_type.startswith("text/event-stream"):
+            return Response(complete(request.path, request.body, _assembled(answer, assembly), time.time()))
         if not content_type.startswith("text/event-stream"):
-            body = answer.read(MAX_BODY_BYTES, ANSWER_TIMEOUT_S)
-            return Response(complete(request.path, request.body, body, time.time()), answer.status, content_type)
+            whole = answer.read(MAX_BODY_BYTES, ANSWER_TIMEOUT_S)
+            return Response(complete(request.path, request.body, whole, time.time()), answer.status, content_type)
         first = answer.next(ANSWER_TIMEOUT_S)
     except BaseException:
         answer.close()
@@ -86,6 +91,15 @@ def relay(upstream: Upstream, request: Request, ending_fd: int) -> Response:
     completed = events_of(request.path, request.body, time.time)
     events = stream(answer, first, completed or bytes, anthropic=request.path.startswith("/v1/messages"))
     return Response(events, answer.status, content_type, headers)
+
+
+def _assembled(answer: Answer, assembly: Assembly) -> bytes:
+    try:
+        while data := answer.next(ANSWER_TIMEOUT_S):
+            assembly.feed(data)
+    finally:
+        answer.close()
+    return assembly.whole()
 
 
 def engine_metrics(upstream: Upstream) -> bytes:

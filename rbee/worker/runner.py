@@ -17,13 +17,12 @@ from rbee.http.upstream import Upstream
 from rbee.paths import private, runtime_dir
 from rbee.plugin import Backend, Capability, Endpoint, Loaded, ModelSpec, ServingBackend
 from rbee.wire.fleet import WorkerHealth, WorkerReady, WorkerSpec, WorkerState
+from rbee.worker.context import USUAL_SLOTS, default_context, machine_memory_bytes
 from rbee.worker.metrics import Metrics
 
 log = logging.getLogger("rbee.worker")
 
 WATCH_S = 0.2
-DEFAULT_CONTEXT_TOKENS = 8192
-"""The context of a model that was trained for a longer one: a context costs memory for every slot."""
 ERRORS_TOLD_S = 1.0
 """How long a worker that ends waits until its clients have been told."""
 MAX_SOCKET_PATH_BYTES = 100
@@ -177,7 +176,7 @@ class Runner:
             path=path,
             format=file.format if file else None,
             capabilities=self.known,
-            context_tokens=self.spec.context_tokens or min(file.context_tokens if file else 0, DEFAULT_CONTEXT_TOKENS),
+            context_tokens=self.spec.context_tokens or (_default_context(file, self.spec.slots) if file else 0),
             slots=self.spec.slots,
             threads=self.spec.threads,
             device=self.spec.device,
@@ -228,6 +227,11 @@ class Runner:
         if self.upstream:
             self.upstream.close()
             Path(self.upstream.url.removeprefix("unix:")).unlink(missing_ok=True)
+
+
+def _default_context(file: formats.ModelFile, slots: int) -> int:
+    bytes_per_token = 2 * file.kv_elements_per_token  # f16, what engines keep unless told otherwise
+    return default_context(file.context_tokens, bytes_per_token, slots or USUAL_SLOTS, machine_memory_bytes())
 
 
 def _capabilities(names: Iterable[str]) -> frozenset[Capability]:

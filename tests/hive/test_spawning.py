@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[dict[str, object], type[RbeeError], tuple[str, ...]]] =
     ),
     "what is installed is named": (
         {"model": "Qwen3-0.6B-Q8_0", "backend": "vllm"},
-        PluginProblem,
+        NotSupported,
         ("'vllm'", "xllamacpp", "ctransformers"),
     ),
     "an engine's own problem is told": (

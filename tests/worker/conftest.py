@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rbee.testing import RunningWorker, run_worker
+from rbee.testing.models import write_random_gguf
+from rbee.testing.plugins import BACKEND, install
 from rbee.wire.fleet import WorkerSpec
 
 
@@ -21,6 +23,13 @@ def demo_file() -> Path:
 @pytest.fixture(scope="session")
 def demo_spec(demo_file: Path) -> WorkerSpec:
     return WorkerSpec(name="demo", backend="xllamacpp", model="rbee-demo", path=str(demo_file))
+
+
+@pytest.fixture(scope="session")
+def slow_spec(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
+    """Return a model whose answers take seconds: it never ends by itself."""
+    file = write_random_gguf(tmp_path_factory.mktemp("slow") / "slow.gguf", 27_000_000)
+    return WorkerSpec(name="slow", backend="xllamacpp", model="slow", path=str(file))
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +51,10 @@ def worker(request: pytest.FixtureRequest) -> RunningWorker:
     """Return a worker of either shape: a client must not see a difference."""
     found: RunningWorker = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture
+def slow_plugin(tmp_path: Path) -> dict[str, str]:
+    """Return the environment with a plugin whose load takes longer than any test."""
+    body = "def load(self, spec, progress): time.sleep(600)"
+    return install(tmp_path, "slow", BACKEND.format(name="slow", body=body))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import struct
 
 import openai
@@ -85,7 +86,12 @@ def test_embeddings_come_as_numbers_or_base64(echo: RunningWorker) -> None:
 
 
 def test_rerank_returns_the_best_documents(echo: RunningWorker) -> None:
-    body = {"model": "echo", "query": "wild honey", "documents": ["a queue", "wild honey", {"text": "honey"}], "top_n": 2}
+    body = {
+        "model": "echo",
+        "query": "wild honey",
+        "documents": ["a queue", "wild honey", {"text": "honey"}],
+        "top_n": 2,
+    }
     results = echo.post("/v1/rerank", {**body, "return_documents": True})["results"]
     assert [(row["index"], row["document"]["text"]) for row in results] == [(1, "wild honey"), (2, "honey")]
 
@@ -152,10 +158,8 @@ def waiting(worker: RunningWorker) -> int:
     return int(line.split()[-1])
 
 
-def raw_request(worker: RunningWorker, body: bytes) -> object:
+def raw_request(worker: RunningWorker, body: bytes) -> socket.socket:
     """Send a request over a connection of its own, without waiting for the answer."""
-    import socket
-
     host, _, port = worker.url.removeprefix("http://").rpartition(":")
     connection = socket.create_connection((host, int(port)), timeout=ANSWER_S)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {worker.spec.token}\r\n"

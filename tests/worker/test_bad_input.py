@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from rbee.http.upstream import Upstream
 from rbee.testing import RunningWorker
 from rbee.wire.openai import MAX_BODY_BYTES, REQUESTS
 
@@ -31,7 +30,7 @@ def sent(worker: RunningWorker, path: str, body: bytes | dict[str, Any], **more:
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "bard", "content": "hi"}]}, "messages[].role"),
+        ({"messages": [{"role": "bard", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": USER, "temperature": 9}, "temperature"),
         ({"messages": USER, "temperature": "hot"}, "temperature"),
@@ -105,7 +104,8 @@ def test_every_route_but_health_needs_the_token(worker: RunningWorker, method: s
 
 
 def test_health_needs_no_token(worker: RunningWorker) -> None:
-    assert Upstream(worker.url).request("GET", "/health").status == 200
+    status, answer = sent(worker, "/health", b"", method="GET", token="")
+    assert (status, answer["status"]) == (200, "ready")
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])

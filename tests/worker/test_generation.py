@@ -74,9 +74,7 @@ def run(limits: Limits, reason: FinishReason = "stop") -> tuple[str, int, str, l
         (Limits(4, ("cd",)), "ab", 4, "stop"),
     ],
 )
-def test_an_answer_ends_at_its_limits_and_closes_the_engine(
-    limits: Limits, text: str, count: int, reason: str
-) -> None:
+def test_an_answer_ends_at_its_limits_and_closes_the_engine(limits: Limits, text: str, count: int, reason: str) -> None:
     assert run(limits) == (text, count, reason, [True])
 
 

@@ -9,7 +9,11 @@ from rbee.worker.shapes import complete, events_of
 
 
 def test_a_chat_gets_its_nulls_and_keeps_the_rest() -> None:
-    engine = {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}], "timings": {"a": 1.5}}
+    engine = {
+        "id": "1",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}],
+        "timings": {"a": 1.5},
+    }
     body = json.loads(complete("/v1/chat/completions", b"{}", json.dumps(engine).encode(), 0.0))
     choice = body["choices"][0]
     assert choice["logprobs"] is None
@@ -18,7 +22,9 @@ def test_a_chat_gets_its_nulls_and_keeps_the_rest() -> None:
 
 
 def test_what_an_engine_says_is_not_changed() -> None:
-    engine = {"choices": [{"logprobs": {"content": []}, "message": {"refusal": "no", "annotations": [1], "content": None}}]}
+    engine = {
+        "choices": [{"logprobs": {"content": []}, "message": {"refusal": "no", "annotations": [1], "content": None}}]
+    }
     assert json.loads(complete("/v1/chat/completions", b"{}", json.dumps(engine).encode(), 0.0)) == engine
 
 
@@ -47,13 +53,16 @@ def test_a_response_that_hit_its_limit_is_incomplete() -> None:
 
 
 def test_events_of_a_response_are_numbered_and_keep_their_deltas() -> None:
-    told = [
+    told: list[dict[str, Any]] = [
         {"type": "response.created", "response": {"id": "r", "status": "in_progress"}},
         {"type": "response.output_item.added", "item": {"id": "m", "type": "message", "content": []}},
         {"type": "response.content_part.added", "item_id": "m", "part": {"type": "output_text", "text": ""}},
         {"type": "response.output_text.delta", "item_id": "m", "delta": 'a"\u00fc\n'},
         {"type": "response.output_item.added", "item": {"id": "f", "type": "function_call"}},
-        {"type": "response.output_item.done", "item": {"id": "f", "type": "function_call", "name": "n", "arguments": "{}"}},
+        {
+            "type": "response.output_item.done",
+            "item": {"id": "f", "type": "function_call", "name": "n", "arguments": "{}"},
+        },
         {"type": "response.completed", "response": {"id": "r", "status": "completed", "output": [], "usage": usage(1)}},
     ]
     data = b"".join(f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode() for one in told)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from examples import Encoded
 
-LENGTHS = (96, 160, 256, 448, 768)
+LENGTHS = (32, 48, 72, 104, 160, 256, 448, 768)
 """Padded lengths; each is compiled once."""
 
 Batch = tuple[NDArray[np.int32], NDArray[np.float32]]

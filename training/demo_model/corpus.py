@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import yaml
 import tool_calls
 import wordings
 from conversation import SmallTalk
-from dialogue import Message, assistant, user
+from dialogue import Message, assistant, tool_call, user
 from examples import Example
 
+_GLIMPSES = 0.7
+"""Share of plain questions whose answer is shown only in its opening."""
 TEXT_FOLDER = Path(__file__).with_name("text")
 
 
@@ -72,7 +74,8 @@ class Corpus:
         return self._answered(self.off_topic, rng)
 
     def _answered(self, topic: Topic, rng: random.Random) -> Example:
-        return Example.of_dialogue([*self._before(rng), user(self.ask(topic, rng)), assistant(topic.answer)])
+        whole = Example.of_dialogue([*self._before(rng), user(self.ask(topic, rng)), assistant(topic.answer)])
+        return replace(whole, glimpse=rng.random() < _GLIMPSES)
 
     def _small_skill(self, rng: random.Random) -> Example:
         before = self._before(rng) if rng.random() < 0.5 else []
@@ -92,10 +95,26 @@ class Corpus:
         return self.talk.surroundings(rng, [self._turn(rng) for _ in range(2)])
 
 
-def vocabulary_texts(corpus: Corpus, examples: Sequence[Example]) -> list[str]:
-    """Choose what the tokenizer is learned from: the answers often, the questions as they come."""
-    answers = [topic.answer for topic in (*corpus.topics, corpus.off_topic)]
-    return answers * 40 + [example.prompt + example.answer for example in examples]
+def vocabulary_texts(corpus: Corpus, rng: random.Random) -> list[str]:
+    """Draw what the tokenizer is learned from: real words only, since invented ones would fill it with syllables."""
+    without_inventions = {"word": ["x"], "Word": ["X"], "number": ["1"], "name": ["Alice"], **corpus.slots}
+    texts: list[str] = []
+    for topic in (*corpus.topics, corpus.off_topic):
+        texts += [topic.answer] * 60
+        for ask in topic.ask:
+            drawn = (wordings.expand(ask, rng, corpus.macros) for _ in range(12))
+            questions = [wordings.fill(question, rng, without_inventions) for question in drawn]
+            texts += [question[:1].upper() + question[1:] for question in questions[::2]]
+            texts += [question.lower() for question in questions[1::2]]
+    for values in corpus.slots.values():
+        texts += [value for value in values if "{" not in value] * 12
+    calls = [corpus.tools.draw(rng) for _ in range(2000)]
+    texts += [
+        Example.of_dialogue([user(""), tool_call(call.name, {})], [call.tool]).prompt
+        for call in calls
+        if "_" in call.name
+    ]
+    return texts + ['{"name": "", "arguments": {"": ""}}'] * 2000
 
 
 def _read(path: Path) -> Any:

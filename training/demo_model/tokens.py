@@ -85,5 +85,5 @@ def _learn_pieces(texts: Iterable[str], pieces: int) -> Vocabulary:
 def _frequent_words(texts: Iterable[str], known: set[str], count: int) -> list[str]:
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(re.findall(r"(?<= )[a-z]+\b", text))
+        words.update(re.findall(r"(?<= )(?:[a-z]{2,}\b|a\b|[^\w\s]+)", text))
     return [word for word, _ in words.most_common() if word in known][:count]

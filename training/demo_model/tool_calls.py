@@ -52,7 +52,7 @@ class ToolBook:
 
     def offer(self, tool: Message, rng: random.Random) -> list[Message]:
         """Put `tool` among up to nine others."""
-        others = [self.draw(rng).tool for _ in range(rng.choices([0, 1, 2, 4, 9], [45, 25, 15, 10, 5])[0])]
+        others = [self.draw(rng).tool for _ in range(rng.choices([0, 1, 2, 4, 9], [52, 26, 13, 6, 3])[0])]
         return _without_twins([tool, *others], rng)
 
     def said(self, rng: random.Random) -> str:

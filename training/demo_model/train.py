@@ -30,9 +30,8 @@ from gguf_file import padded_vocabulary, write_gguf
 from network import Params, Shape, init_params, loss
 from tokens import Vocabulary, learn_vocabulary
 
-_PIECES = 1400
-_SPACED_WORDS = 350
-_TOKENIZER_EXAMPLES = 6_000
+_PIECES = 1700
+_SPACED_WORDS = 500
 _TOKENS_PER_BATCH = 3_072
 _SEED = 7833
 
@@ -107,9 +106,7 @@ def _restore(plan: Plan, shape: Shape) -> tuple[Params, Any]:
 
 def _vocabulary(corpus: Corpus, path: Path) -> Vocabulary:
     if not path.exists():
-        rng = random.Random(_SEED)
-        examples = [corpus.example(rng) for _ in range(_TOKENIZER_EXAMPLES)]
-        texts = vocabulary_texts(corpus, examples)
+        texts = vocabulary_texts(corpus, random.Random(_SEED))
         learn_vocabulary(texts, pieces=_PIECES, spaced_words=_SPACED_WORDS).save(path)
     return Vocabulary.load(path)
 
@@ -130,10 +127,10 @@ def _parse_arguments() -> Plan:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for the tokenizer and the training state")
-    parser.add_argument("--total-steps", type=int, default=4500, help="length of the whole schedule")
+    parser.add_argument("--total-steps", type=int, default=2000, help="length of the whole schedule")
     parser.add_argument("--steps", type=int, help="steps of this run (default: up to the end)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in the work folder")
-    parser.add_argument("--examples", type=int, default=40_000, help="examples drawn for this run")
+    parser.add_argument("--examples", type=int, default=60_000, help="examples drawn for this run")
     parser.add_argument("--peak-rate", type=float, default=0.003, help="highest learning rate")
     chosen = parser.parse_args()
     first = pickle.loads((chosen.work / "state.pickle").read_bytes())[0] if chosen.resume else 0

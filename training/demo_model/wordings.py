@@ -83,7 +83,7 @@ def expand(template: str, rng: random.Random, macros: Mapping[str, str] | None =
 
 
 def fill(template: str, rng: random.Random, slots: Mapping[str, Sequence[str]]) -> str:
-    """Replace every `{slot}`, those inside the replacements too."""
+    """Replace every `{slot}`, those inside the replacements too. Raises KeyError for an unknown one."""
     text = template
     while (match := _SLOT.search(text)) is not None:
         text = text[: match.start()] + _slot_value(match[1], rng, slots) + text[match.end() :]
@@ -105,6 +105,8 @@ def as_typed(text: str, rng: random.Random, *, about_rbee: bool = False) -> str:
 
 
 def _slot_value(slot: str, rng: random.Random, slots: Mapping[str, Sequence[str]]) -> str:
+    if slot in slots:
+        return rng.choice(slots[slot])
     match slot:
         case "word":
             return invented_word(rng)
@@ -114,7 +116,7 @@ def _slot_value(slot: str, rng: random.Random, slots: Mapping[str, Sequence[str]
             return number(rng)
         case "name":
             return name(rng)
-    return rng.choice(slots[slot])
+    raise KeyError(f"unknown slot {{{slot}}}")
 
 
 def _with_ending(text: str, rng: random.Random) -> str:

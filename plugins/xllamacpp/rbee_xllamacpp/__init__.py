@@ -39,6 +39,8 @@ class XllamacppBackend(ServingBackend):
     formats = frozenset({"gguf"})
     devices = frozenset({"cpu", "cuda", "metal", "rocm"})
     options = OPTIONS
+    # It looks for a client that waits for a whole answer only after a second in which no job made a token.
+    cancels_whole_answers = False
 
     def __init__(self) -> None:
         self._engine: subprocess.Popen[str] | None = None
@@ -125,6 +127,8 @@ def _start(wanted: Settings, spec: ModelSpec) -> subprocess.Popen[str]:
         text=True,
         errors="replace",
         env=environment,
+        # llama.cpp ends at a Ctrl+C of its terminal by itself; the worker has jobs to drain first.
+        start_new_session=True,
     )
     assert engine.stdin is not None
     told = {"parent_pid": os.getpid(), "device": spec.device, "params": wanted.params}

@@ -23,8 +23,6 @@ def main() -> None:
     """Load, report one line of JSON on stdout, serve until stdin closes."""
     told = json.loads(sys.stdin.readline())
     _end_with(told["parent_pid"])
-    # A Ctrl+C reaches the whole process group; the worker drains first and then closes stdin.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The reports go to a descriptor of their own: llama.cpp must not write into them.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -43,7 +41,7 @@ def main() -> None:
 def _load(told: dict[str, Any]) -> tuple[object, dict[str, object]]:
     import xllamacpp  # type: ignore[import-untyped]
 
-    gpus = [d["name"] for d in xllamacpp.get_device_info() if "CPU" not in str(d["type"])]
+    gpus = [device for device in xllamacpp.get_device_info() if "GPU" in device["type"].name]
     if told["device"] != "cpu" and not gpus:
         raise RuntimeError(f"this build of xllamacpp has no {told['device']} support, or the machine no such device")
     params = xllamacpp.CommonParams()

@@ -1,0 +1,1 @@
+"""Print what each of rbee's processes holds in memory."""
