@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from types import MappingProxyType
 from typing import NoReturn, TypedDict
@@ -38,6 +38,9 @@ _IMAGE = frozenset({
 _VIDEO = frozenset({"cosmos", "hyvid", "ltxv", "wan"})
 _NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"})
 _VECTORS = frozenset({"F32", "F16", "BF16"})
+_BERTS = frozenset({"bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3"})
+_NEED_EXPERTS = frozenset({"smallthinker", "llada-moe"})
+_NEED_SECTIONS = frozenset({"paddleocr"})
 _PARTS = frozenset({"adapter", "mmproj", "imatrix", "vocab"})
 """Values of general.type for files that are a part of a model or say something about one."""
 
@@ -103,11 +106,12 @@ class _Claims:
         """Return a text in one line; empty when it is absent or too long to be a name."""
         value = self.gguf.metadata.get(key)
         if not isinstance(value, str | LeftOut | None):
-            self.refuse(key, f"is a {self.gguf.types[key]}; it must be a string")
+            self.refuse(key, f"is {_a(self.gguf.types[key])}; it must be a string")
         usable = isinstance(value, str) and len(value) <= MAX_NAME_LENGTH
         if required and not (usable and value and str(value).isprintable()):
             self.refuse(key, "is missing" if value is None else "is not one printable word")
-        return " ".join(str(value).split()) if usable else ""
+        # Names are printed: an escape sequence in one must not reach a terminal.
+        return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) if usable else ""
 
     def number(self, key: str, low: int, high: int, *, required: bool = False) -> int:
         """Return an integer within bounds; 0 when the key is absent and not required."""
@@ -115,7 +119,7 @@ class _Claims:
         if value is None:
             return self.refuse(key, "is missing") if required else 0
         if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse(key, f"is a {self.gguf.types[key]}; it must be an integer")
+            self.refuse(key, f"is {_a(self.gguf.types[key])}; it must be an integer")
         if not low <= value <= high:
             self.refuse(key, f"is {value}; {low} to {high} are allowed")
         return value
@@ -128,11 +132,15 @@ class _Claims:
         if isinstance(value, LeftOut) or any(isinstance(one, bool) or not isinstance(one, int) for one in value):
             self.refuse(
                 key,
-                f"is an {self.gguf.types[key]}; it must hold one integer for each of {blocks} blocks",
+                f"is {_a(self.gguf.types[key])}; it must hold one integer for each of {blocks} blocks",
             )
         if len(value) != blocks or not all(0 <= int(one) <= high for one in value):
             self.refuse(key, f"must hold {blocks} integers from 0 to {high}, one for each block")
         return tuple(int(one) for one in value)
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'ai' else 'a'} {kind}"
 
 
 def _capabilities(claims: _Claims, architecture: str) -> tuple[str, ...]:
@@ -159,8 +167,8 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
     blocks = number("block_count", MAX_BLOCKS, needed=True)
     width = number("embedding_length", MAX_WIDTH, needed=True)
     context = number("context_length", MAX_CONTEXT_TOKENS, needed=True)
-    experts = number("expert_count", MAX_EXPERTS, low=0)
-    number("expert_used_count", experts, low=0)
+    _check_experts(claims, architecture)
+    _check_sections(claims, architecture)
     number("rope.dimension_count", MAX_WIDTH, low=0)
     claims.numbers(f"{architecture}.feed_forward_length", blocks, MAX_WIDTH)
     heads = claims.numbers(f"{architecture}.attention.head_count", blocks, MAX_HEADS)
@@ -172,8 +180,12 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
                 f"is {kv} in block {index}, which does not divide {all_heads}",
             )
     default = width // max((*heads, 1)) if any(heads) else 0
+    number("nextn_predict_layers", blocks, low=0)
+    number("embedding_length_out", width)
     key_length = number("attention.key_length", MAX_WIDTH) or default
     value_length = number("attention.value_length", MAX_WIDTH) or default
+    if architecture in _BERTS and not key_length == value_length == default:
+        claims.refuse(f"{architecture}.attention.key_length", f"is {key_length}; {default} is a head's share of {width}")
     return Sizes(
         context_tokens=context,
         embedding_length=width,
@@ -184,6 +196,34 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
         value_length=value_length,
         kv_elements_per_token=sum(heads_kv) * (key_length + value_length),
     )
+
+
+def _check_experts(claims: _Claims, architecture: str) -> None:
+    """Refuse numbers of experts that llama.cpp asserts against while it loads."""
+    count_key, used_key = f"{architecture}.expert_count", f"{architecture}.expert_used_count"
+    experts = claims.number(count_key, 0, MAX_EXPERTS)
+    if architecture in _NEED_EXPERTS and not experts:
+        claims.refuse(count_key, "is missing or 0, but this architecture has experts")
+    used = claims.number(used_key, 0, MAX_EXPERTS)
+    if used > experts or (experts and not used):
+        claims.refuse(used_key, f"is {used} of {experts} experts")
+    groups_key = f"{architecture}.expert_group_count"
+    groups = claims.number(groups_key, 0, MAX_EXPERTS)
+    groups_used = claims.number(f"{architecture}.expert_group_used_count", 0, MAX_EXPERTS)
+    fits = groups < experts and experts % groups == 0 and 0 < groups_used <= groups if groups > 1 else groups <= experts
+    if not fits:
+        claims.refuse(groups_key, f"is {groups}, of which {groups_used} are used, for {experts} experts")
+
+
+def _check_sections(claims: _Claims, architecture: str) -> None:
+    """Refuse rotary sections that are all zero; ggml asserts against them when it computes."""
+    key = f"{architecture}.rope.dimension_sections"
+    sections = claims.gguf.metadata.get(key)
+    if sections is None and architecture not in _NEED_SECTIONS:
+        return
+    whole = isinstance(sections, tuple) and all(isinstance(one, int) and 0 <= one <= MAX_WIDTH for one in sections)
+    if not whole or not isinstance(sections, tuple) or not any(sections[:3]):
+        claims.refuse(key, "must be an array of integers, not all of them 0")
 
 
 def _check_floats(claims: _Claims, architecture: str) -> None:
@@ -226,7 +266,7 @@ def _chat_template(claims: _Claims) -> str | None:
             claims.refuse(key, f"has {value.length} bytes; {KEPT_STRING_BYTES} are allowed")
     template = claims.gguf.metadata.get(_TEMPLATE)
     if template is not None and not isinstance(template, str):
-        claims.refuse(_TEMPLATE, f"is a {claims.gguf.types[_TEMPLATE]}; it must be a string")
+        claims.refuse(_TEMPLATE, f"is {_a(claims.gguf.types[_TEMPLATE])}; it must be a string")
     return template
 
 
@@ -252,13 +292,13 @@ def _check_array(claims: _Claims, key: str, types: tuple[str, ...], length: int 
     if key not in claims.gguf.types:
         return
     if claims.gguf.types[key] not in {f"array of {name}" for name in types}:
-        claims.refuse(key, f"is an {claims.gguf.types[key]}; it must be an array of {' or '.join(types)}")
+        claims.refuse(key, f"is {_a(claims.gguf.types[key])}; it must be an array of {' or '.join(types)}")
     if length is not None and claims.gguf.arrays[key].length != length:
         claims.refuse(key, f"has {claims.gguf.arrays[key].length} elements for {length} tokens")
 
 
 def _check_tokens(claims: _Claims, tokens: ArrayAt) -> None:
-    """Refuse a token that occurs twice, and a byte token that names no byte: llama.cpp ends the process at either.
+    """Refuse a token that occurs twice, at which llama.cpp ends the process, and a byte token that names no byte.
 
     A bitmap marks each token's hash; only tokens that meet a marked bit are compared as text in a second pass. So the
     memory is at most 16 MiB plus a few thousand tokens, whatever the file claims; a set of all tokens would take 100.
@@ -267,18 +307,21 @@ def _check_tokens(claims: _Claims, tokens: ArrayAt) -> None:
     mask = (1 << max(16, (64 * tokens.length).bit_length())) - 1
     seen = bytearray((mask + 1) >> 3)
     suspects: set[int] = set()
-    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
+    for index, token in enumerate(_tokens(claims, tokens)):
         if index in byte_tokens and not _BYTE_TOKEN.fullmatch(token):
-            claims.refuse(
-                _TOKENIZER + "tokens",
-                f"has the byte token {index}, {shown(token)}, which names no byte",
-            )
+            claims.refuse(_TOKENIZER + "tokens", f"has the byte token {index}, {shown(token)}, which names no byte")
         place = hash(token) & mask
-        if seen[place >> 3] >> (place & 7) & 1 and token:
+        if seen[place >> 3] >> (place & 7) & 1:
             suspects.add(place)
         seen[place >> 3] |= 1 << (place & 7)
     if suspects:
         _refuse_twins(claims, tokens, suspects, mask)
+
+
+def _tokens(claims: _Claims, tokens: ArrayAt) -> Iterator[bytes]:
+    """Yield the tokens as llama.cpp sees them: up to the first zero byte, and with a text for an empty one."""
+    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
+        yield token.partition(b"\0")[0] or b"[EMPTY_%d]" % index
 
 
 def _byte_tokens(claims: _Claims, length: int) -> frozenset[int]:
@@ -292,12 +335,9 @@ def _byte_tokens(claims: _Claims, length: int) -> frozenset[int]:
 
 def _refuse_twins(claims: _Claims, tokens: ArrayAt, suspects: set[int], mask: int) -> None:
     first: dict[bytes, int] = {}
-    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
-        if not token or hash(token) & mask not in suspects:
+    for index, token in enumerate(_tokens(claims, tokens)):
+        if hash(token) & mask not in suspects:
             continue
         if token in first:
-            claims.refuse(
-                _TOKENIZER + "tokens",
-                f"has {shown(token)} twice, as tokens {first[token]} and {index}",
-            )
+            claims.refuse(_TOKENIZER + "tokens", f"has {shown(token)} twice, as tokens {first[token]} and {index}")
         first[token] = index

@@ -80,6 +80,14 @@ class RunningWorker:
         """Send a signal to the worker."""
         self.process.send_signal(number)
 
+    def children(self) -> list[int]:
+        """Return the process ids of the worker's children: its engine, its template renderer."""
+        found: list[int] = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # a connection's thread may end meanwhile
+                found += map(int, (task / "children").read_text().split())
+        return found
+
     def close(self) -> None:
         """Close the connections to the worker."""
         for upstream in self._kept.values():

@@ -20,6 +20,8 @@ from rbee.worker import backends, settings
 
 DRAIN_S = 10.0
 LAST_S = 10.0
+FINISHED = b"f"
+"""What is written to the pipe of signals when the worker ends by itself; a signal writes its number."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +42,15 @@ def run(spec: WorkerSpec) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from rbee.worker.app import App
 
-    # A pipe, not an Event: a signal may come while the main thread holds the Event's own lock.
-    end_reader, end_writer = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.write(end_writer, b"s"))
+    end_reader, end_writer = _pipe_of_signals()
     try:
         app = App(spec, backends.find(spec.backend)())
     except RbeeError as problem:
         _announce_failure(spec, str(problem))
         raise
-    app.start(on_end=lambda: os.write(end_writer, b"f"))
+    app.start(on_end=lambda: os.write(end_writer, FINISHED))
     os.read(end_reader, 1)
+    threading.Thread(target=_hurry, args=(app, end_reader), name="hurry", daemon=True).start()
     # An engine that hangs in native code must not keep a worker that was told to end.
     last = threading.Timer(DRAIN_S + LAST_S, os._exit, (1,))
     last.daemon = True
@@ -60,6 +60,42 @@ def run(spec: WorkerSpec) -> int:
         return 0
     print(f"rbee worker: {spec.backend} could not run {spec.model}: {app.runner.reason}", file=sys.stderr)
     return 1
+
+
+def _pipe_of_signals() -> tuple[int, int]:
+    """Return a pipe that becomes readable at SIGTERM and SIGINT.
+
+    The kernel may hand a signal to any thread. Python then marks it, but a main thread that sleeps in a system call
+    sleeps on; only the wakeup descriptor is written in the signal handler itself.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader, writer
+
+
+def _signal_pipe() -> tuple[int, int]:
+    """Return a pipe that every signal to end writes a byte to.
+
+    A pipe, not an Event: a signal may come while the main thread holds the Event's own lock. The interpreter's
+    wake-up descriptor writes it, not a handler: Linux may hand a signal to another thread while the main one, in
+    which alone handlers run, sleeps on in a read.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader, writer
+
+
+def _hurry(app: App, end_reader: int) -> None:
+    """End the streams at once when a second signal comes while the worker drains."""
+    while os.read(end_reader, 1) == FINISHED:
+        pass
+    app.runner.cut()
 
 
 def plugins(*, as_json: bool) -> int:

@@ -157,11 +157,17 @@ class Runner:
     def end(self, patience_s: float) -> None:
         """Drain, give jobs `patience_s` to finish, end the others with an error, and close the backend."""
         self.drain()
-        self._wait_idle(patience_s)
-        self.over.set()
-        os.write(self._ending_writer, b"x")
+        self._wait_idle(patience_s, unless_cut=True)
+        self.cut()
         self._wait_idle(ERRORS_TOLD_S)
         self._close()
+
+    def cut(self) -> None:
+        """End the jobs in flight with an error, now."""
+        with self._idle:
+            self.over.set()
+            self._idle.notify_all()
+        os.write(self._ending_writer, b"x")
 
     def ending(self) -> bool:
         """Return True when jobs must end at once."""
@@ -209,9 +215,9 @@ class Runner:
             on_change()
         self.over.set()
 
-    def _wait_idle(self, patience_s: float) -> None:
+    def _wait_idle(self, patience_s: float, *, unless_cut: bool = False) -> None:
         with self._idle:
-            self._idle.wait_for(lambda: self._in_flight == 0, patience_s)
+            self._idle.wait_for(lambda: self._in_flight == 0 or (unless_cut and self.over.is_set()), patience_s)
 
     def _close(self) -> None:
         with self._lock:

@@ -145,6 +145,16 @@ def put_tokens(draft: Draft, tokens: list[bytes]) -> None:
     draft.put("tokenizer.ggml.token_type", ARRAY, array(5, [u32(1)] * len(tokens)))
 
 
+def test_empty_tokens_may_be_many(draft: Draft, tmp_path: Path) -> None:
+    put_tokens(draft, [text(b"" if index < 9 else b"%d" % index) for index in range(287)])
+    assert inspect(written(draft, tmp_path)).vocabulary_size == 287
+
+
+def test_names_are_fit_for_a_terminal(draft: Draft, tmp_path: Path) -> None:
+    draft.put("general.name", STRING, text("Tiny \x1b[31mred\n\nmodel"))
+    assert inspect(written(draft, tmp_path)).name == "Tiny [31mred model"
+
+
 def test_the_built_in_model() -> None:
     model = inspect(BUILT_IN)
     assert (model.name, model.capabilities) == ("rbee-demo", ("chat", "completion"))

@@ -85,7 +85,7 @@ put("no blocks", "llama.block_count is 0", "llama.block_count", U32, u32(0))
 put("2^32 - 1 blocks", "llama.block_count is 4294967295; 1 to 512", "llama.block_count", U32, u32(2**32 - 1))
 put("blocks as text", "block_count is a string; it must be an integer", "llama.block_count", STRING, text("1"))
 put("blocks as a float", "block_count is a float32", "llama.block_count", F32, struct.pack("<f", 1.0))
-put("blocks as an array", "block_count is a array", "llama.block_count", ARRAY, array(U32, [u32(1)]))
+put("blocks as an array", "block_count is an array of uint32; it must be an integer", "llama.block_count", ARRAY, array(U32, [u32(1)]))
 put("context 0", "llama.context_length is 0", "llama.context_length", U32, u32(0))
 put("context 2^32 - 1", "llama.context_length is 4294967295", "llama.context_length", U32, u32(2**32 - 1))
 put("width 0", "llama.embedding_length is 0", "llama.embedding_length", U32, u32(0))
@@ -95,7 +95,13 @@ put("heads of more layers", "must hold 1 integers", "llama.attention.head_count"
 put("heads as texts", "one integer for each", "llama.attention.head_count", ARRAY, array(STRING, [text("4")]))
 put("heads that do not divide", "is 3 in block 0", "llama.attention.head_count_kv", U32, u32(3))
 put("experts 2^31", "expert_count is 2147483648", "llama.expert_count", U32, u32(2**31))
-put("more experts used than there are", "expert_used_count is 2", "llama.expert_used_count", U32, u32(2))
+put("more experts used than there are", "expert_used_count is 2 of 0 experts", "llama.expert_used_count", U32, u32(2))
+put("no expert used of two", "expert_used_count is 0 of 2 experts", "llama.expert_count", U32, u32(2))
+put("groups of no experts", "is 1, of which 0 are used, for 0 experts", "llama.expert_group_count", U32, u32(1))
+put("more predicted layers than layers", "nextn_predict_layers is 2", "llama.nextn_predict_layers", U32, u32(2))
+put("output wider than the model", "embedding_length_out is 65", "llama.embedding_length_out", U32, u32(65))
+put("rotary sections of zero", "not all of them 0", "llama.rope.dimension_sections", ARRAY, array(I32, [u32(0)] * 4))
+put("rotary sections a number", "array of integers", "llama.rope.dimension_sections", U32, u32(1))
 put("pooling 9", "pooling_type is 9", "llama.pooling_type", U32, u32(9))
 put("negative epsilon", "from 0 to 1", "llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", -1.0))
 put("infinite rope base", "must be finite", "llama.rope.freq_base", F32, struct.pack("<f", float("inf")))
@@ -145,6 +151,35 @@ change("two tensors of one name", "occurs twice", "output.weight", name=b"token_
 @lie("duplicate key", "'general.name' occurs twice")
 def duplicate_key(draft: Draft) -> None:
     draft.pairs.append(Pair(b"general.name", STRING, text("again")))
+
+
+def rename_architecture(draft: Draft, name: bytes) -> None:
+    for pair in draft.pairs:
+        pair.key = pair.key.replace(b"llama.", name + b".")
+    draft.put("general.architecture", STRING, text(name))
+
+
+@lie("architecture of experts without any", "llada-moe.expert_count is missing or 0")
+def no_experts(draft: Draft) -> None:
+    rename_architecture(draft, b"llada-moe")
+
+
+@lie("architecture of rotary sections without any", "paddleocr.rope.dimension_sections must be an array")
+def no_sections(draft: Draft) -> None:
+    rename_architecture(draft, b"paddleocr")
+
+
+@lie("no group used of four", "is 4, of which 0 are used, for 8 experts")
+def expert_groups(draft: Draft) -> None:
+    draft.put("llama.expert_count", U32, u32(8))
+    draft.put("llama.expert_used_count", U32, u32(2))
+    draft.put("llama.expert_group_count", U32, u32(4))
+
+
+@lie("heads of BERT of another width", "key_length is 8; 16 is a head's share of 64")
+def bert_heads(draft: Draft) -> None:
+    rename_architecture(draft, b"bert")
+    draft.put("bert.attention.key_length", U32, u32(8))
 
 
 @lie("key empty", "has 0 bytes")
@@ -200,6 +235,18 @@ def no_tokens(draft: Draft) -> None:
 @lie("duplicate vocabulary tokens", "has 'word-3' twice, as tokens 3 and 286")
 def duplicate_tokens(draft: Draft) -> None:
     words = [text(f"word-{index if index < 286 else 3}") for index in range(287)]
+    draft.put("tokenizer.ggml.tokens", ARRAY, array(STRING, words))
+
+
+@lie("tokens that are one up to a zero byte", "has 'word' twice, as tokens 3 and 4")
+def tokens_with_zero_bytes(draft: Draft) -> None:
+    words = [text({3: b"word\0a", 4: b"word\0b"}.get(index, b"word-%d" % index)) for index in range(287)]
+    draft.put("tokenizer.ggml.tokens", ARRAY, array(STRING, words))
+
+
+@lie("token that an empty one is called", r"has '\[EMPTY_5\]' twice, as tokens 5 and 9")
+def empty_token(draft: Draft) -> None:
+    words = [text({5: b"", 9: b"[EMPTY_5]"}.get(index, b"word-%d" % index)) for index in range(287)]
     draft.put("tokenizer.ggml.tokens", ARRAY, array(STRING, words))
 
 

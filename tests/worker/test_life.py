@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -17,6 +20,8 @@ from rbee.errors import RbeeError
 from rbee.testing import FakeHive, RunningWorker, run_worker, started_worker
 from rbee.testing.programs import until
 from rbee.wire.fleet import WorkerSpec, WorkerState
+
+SYS_TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine(), 0)
 
 
 def echo_spec(**more: object) -> WorkerSpec:
@@ -35,7 +40,8 @@ def alive(pid: int) -> bool:
 def children(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
+        with contextlib.suppress(OSError):  # a connection's thread may end meanwhile
+            found += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 
@@ -171,6 +177,31 @@ def test_answers_that_outlast_the_drain_end_with_an_error(backend: str, demo_spe
         assert "Traceback" not in worker.log
 
 
+def test_a_second_signal_ends_answers_at_once() -> None:
+    words = 400
+    with run_worker(echo_spec(options={"delay_ms": "100"})) as worker:
+        stream = worker.stream("/v1/chat/completions", {"model": "echo", "messages": [user("word " * words)]})
+        next(stream)
+        worker.signal(signal.SIGTERM)
+        until(lambda: worker.health().status == "draining", "the drain to begin")
+        worker.signal(signal.SIGTERM)
+        events = [*stream]
+        assert events[-1]["error"]["code"] == "worker_lost"
+        # A drain alone would have let about a hundred of them pass.
+        assert len(events) < 50
+        assert worker.wait() == 0
+
+
+@pytest.mark.skipif(not SYS_TGKILL, reason="tgkill(2) has another number on this machine")
+def test_a_signal_that_reaches_another_thread_ends_the_worker_too() -> None:
+    """The kernel may choose any thread; a main thread that sleeps in a system call is not woken by it."""
+    with run_worker(echo_spec()) as worker:
+        pid = worker.process.pid
+        threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid]
+        ctypes.CDLL(None).syscall(SYS_TGKILL, pid, threads[0], signal.SIGTERM)
+        assert worker.wait() == 0
+
+
 def test_a_drain_by_request_keeps_the_process() -> None:
     with run_worker(echo_spec()) as worker:
         assert worker.post("/v1/worker/drain", {})["status"] == "draining"
@@ -204,7 +235,7 @@ def test_a_worker_and_its_engine_die_with_their_parent(demo_spec: WorkerSpec, tm
 
 def test_a_killed_worker_takes_its_engine_along(demo_spec: WorkerSpec) -> None:
     with run_worker(demo_spec) as worker:
-        engines = children(worker.process.pid)
+        engines = worker.children()
         assert engines
         worker.signal(signal.SIGKILL)
         worker.wait()
@@ -263,7 +294,7 @@ def test_a_socket_path_that_is_too_long_becomes_a_loopback_port(demo_spec: Worke
 
 def engine(worker: RunningWorker) -> int:
     """Return the pid of the engine's process."""
-    (pid,) = children(worker.process.pid)
+    (pid,) = worker.children()
     return pid
 
 

@@ -86,8 +86,7 @@ def busy(worker: RunningWorker) -> int:
 
 
 def test_a_stopped_engine_does_not_silence_health(reached: RunningWorker) -> None:
-    tasks = Path(f"/proc/{reached.process.pid}/task").iterdir()
-    (pid,) = [int(one) for task in tasks for one in (task / "children").read_text().split()]
+    (pid,) = reached.children()
     os.kill(pid, signal.SIGSTOP)
     try:
         assert reached.health().status == "ready"
