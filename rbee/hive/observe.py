@@ -45,6 +45,11 @@ def memory_bytes(pid: int, root: Path = Path("/")) -> int:
         return 0
 
 
+def session_memory_bytes(session: int, root: Path = Path("/")) -> int:
+    """Return the memory that a session's processes hold: a worker with the engine that it started."""
+    return sum(memory_bytes(pid, root) for pid in session_members(session, root))
+
+
 def start_ticks(pid: int, root: Path = Path("/")) -> int:
     """Return when a process started, in clock ticks since boot, or 0 when it is gone or a zombie.
 

@@ -369,7 +369,7 @@ class Workers:
             context_tokens=ready.context_tokens if ready else spec.context_tokens,
             port=spec.port,
             pid=pid,
-            memory_bytes=observe.memory_bytes(pid) if pid else 0,
+            memory_bytes=observe.session_memory_bytes(pid) if pid else 0,
             progress=worker.progress,
             reason=worker.reason,
             since=worker.since,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rbee.hive import observe
+from rbee.testing.programs import until
 
 MEMINFO = (
     "MemTotal:        8000000 kB\nMemFree:          100000 kB\nMemAvailable:    6000000 kB\nHugePages_Total:       0\n"
@@ -92,3 +94,12 @@ def test_a_zombie_and_a_process_that_is_gone_have_no_start() -> None:
 
 def test_memory_of_this_process() -> None:
     assert observe.memory_bytes(os.getpid()) > 1_000_000
+
+
+def test_a_worker_counts_with_what_it_started() -> None:
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, start_new_session=True) as child:
+        until(lambda: len(list(observe.session_members(child.pid))) == 2, "the grandchild to run")
+        alone = observe.memory_bytes(child.pid)
+        assert observe.session_memory_bytes(child.pid) > alone > 0
+        child.communicate(b"\n")
