@@ -26,13 +26,6 @@ from rbee.testing.models import Quantization, write_random_gguf
 
 MODEL_BYTES = 150_000_000
 
-
-class Measured(Result, frozen=True):
-    """What clients got, and the CPU time that it took the contender to answer."""
-
-    server_cpu_s: float = 0.0
-
-
 PACKAGES = ("rbee", "xllamacpp", "llama-cpp-python", "uvicorn")
 COMPARED = (
     (contenders.WORKER, contenders.SERVER),
@@ -43,6 +36,14 @@ COMPARED = (
     (contenders.QUEEN, contenders.ENGINE),
     (contenders.WORKER, contenders.ENGINE),
 )
+
+
+class Measured(Result, frozen=True):
+    """What clients got, and the CPU time that it took the contender to answer."""
+
+    server_cpu_s: float = 0.0
+
+
 Results = dict[tuple[int, str], list[Measured]]
 
 

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from rbee.errors import InvalidModelFile
+from rbee.formats.ggml_layouts import BOUNDS, LAYOUTS, Layout
 from rbee.formats.reading import Bytes, ModelFile, shown
 from rbee.formats.tensor_types import FILE_TYPES, TENSOR_TYPES
 from rbee.plugin import Capability
@@ -31,7 +32,6 @@ MAGICS: Mapping[bytes, str] = {
 }
 _VERSIONS = {"ggmf": (1,), "ggjt": (1, 2, 3), "ggcc": (10,)}
 
-MAX_VOCABULARY = 1_048_576
 MAX_WORD_BYTES = 64 * 1024
 MAX_TENSORS = 32_768
 MAX_TENSOR_NAME_BYTES = 256
@@ -44,72 +44,9 @@ _TYPES = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14})
 _REQUANTIZE = "a GGUF of the same model; files quantized before May 2023 are read by no current engine"
 
 _FILE_TYPES = frozenset({0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14})
+_FIRST_K_MIXTURE = 10
 _LLAMA_FILE_TYPES = _FILE_TYPES | {4, 15, 16, 17, 18}
-"""The numbers mean the same up to 9 only: llama and falcon count small and medium mixtures apart."""
-
-_BOUNDS: dict[str, tuple[int, int] | None] = {
-    "vocabulary": (1, MAX_VOCABULARY),
-    "context": (1, 1_048_576),
-    "width": (1, 65_536),
-    "heads": (1, 4096),
-    "heads_kv": (1, 4096),
-    "layers": (1, 512),
-    "rotary": (0, 65_536),
-    "multiple": (1, 65_536),
-    "flag": (0, 1),
-    "variant": (0, 1000),
-    "float": None,
-    "merges": (0, 4 * MAX_VOCABULARY),
-    "bins": (1, 65_536),
-    "ftype": (0, 9999),
-}
-
-
-class Layout(NamedTuple):
-    """How one family orders its integers, and how its vocabulary is written.
-
-    `names` are the families that share it; `layer` is what a layer's tensors begin with, before the layer's number;
-    `each` is how many tensors a layer has, where the engine does not count them itself.
-    """
-
-    names: tuple[str, ...]
-    magics: tuple[str, ...]
-    fields: tuple[str, ...]
-    layer: str
-    each: int = 0
-    counted: bool = False
-    scored: bool = False
-    filters: bool = False
-
-
-_GPT2 = ("vocabulary", "context", "width", "heads", "layers", "ftype")
-_GPTJ = ("vocabulary", "context", "width", "heads", "layers", "rotary", "ftype")
-_NEOX = ("vocabulary", "context", "width", "heads", "layers", "rotary", "flag", "ftype")
-_MPT = ("width", "context", "heads", "layers", "vocabulary", "float", "float", "ftype")
-_REPLIT = ("width", "context", "heads", "layers", "vocabulary", "ftype")
-_LLAMA = ("vocabulary", "width", "multiple", "heads", "layers", "rotary", "ftype")
-_FALCON = ("vocabulary", "width", "heads", "heads_kv", "layers", "variant", "ftype")
-_WHISPER = (
-    "vocabulary",
-    *("bins", "width", "heads", "layers"),
-    *("context", "width", "heads", "layers"),
-    "bins",
-    "ftype",
-)
-
-LAYOUTS = (
-    Layout(("gpt2", "starcoder"), ("ggml",), _GPT2, "model/h", each=12, counted=True),
-    Layout(("gptj",), ("ggml",), _GPTJ, "transformer.h.", each=10, counted=True),
-    Layout(("gpt_neox", "dolly-v2"), ("ggml",), _NEOX, "gpt_neox.layers.", each=12),
-    Layout(("mpt",), ("ggml",), _MPT, "transformer.blocks.", each=6),
-    Layout(("replit",), ("ggml",), _REPLIT, "transformer.blocks.", each=6, scored=True),
-    Layout(("whisper",), ("ggml",), _WHISPER, "decoder.blocks.", counted=True, filters=True),
-    Layout(("llama",), ("ggml",), _LLAMA, "layers."),
-    Layout(("llama",), ("ggmf", "ggjt"), _LLAMA, "layers.", scored=True),
-    Layout(("falcon",), ("ggml",), _FALCON, "transformer.h."),
-    Layout(("falcon",), ("ggmf", "ggjt"), _FALCON, "transformer.h.", scored=True),
-    Layout(("falcon",), ("ggcc",), (*_FALCON, "merges"), "transformer.h.", scored=True),
-)
+"""Numbers below 10 mean the same to all; above, llama and falcon count small and medium mixtures apart."""
 
 _SAME = {"gptbigcode": "starcoder"}
 _MARKS = {b"<fim_prefix>": "starcoder", b"<fim-prefix>": "starcoder", b"### End": "dolly-v2"}
@@ -191,7 +128,8 @@ def _read_as(file: Bytes, layout: Layout, kind: str, version: int) -> Read:
     old = version < 3 if kind in ("ggjt", "ggmf") else sizes["ftype"] // _QUANTIZATION_FACTOR < _QUANTIZATION_VERSION
     if quantized and old and kind != "ggcc":
         file.refuse("the file has an old quantization format", at=4, hint=_REQUANTIZE)
-    name = FILE_TYPES.get(sizes["ftype"] % _QUANTIZATION_FACTOR, "")
+    mixture = sizes["ftype"] % _QUANTIZATION_FACTOR
+    name = FILE_TYPES.get(mixture, "") if mixture < _FIRST_K_MIXTURE or not layout.each else ""
     return Read(
         layout, sizes, sum(prod(tensor.shape) for tensor in tensors), name or TENSOR_TYPES[max(types)].name, marks
     )
@@ -201,7 +139,7 @@ def _read_sizes(file: Bytes, layout: Layout) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for field in layout.fields:
         at, value = file.at, file.i32(f"the header ({field})")
-        bounds = _BOUNDS[field]
+        bounds = BOUNDS[field]
         if bounds and not bounds[0] <= value <= bounds[1]:
             file.refuse(
                 f"as {layout.names[0]}: {field} is {value}; {bounds[0]} to {bounds[1]} are allowed",

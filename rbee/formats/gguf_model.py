@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from types import MappingProxyType
-from typing import NoReturn, TypedDict
+from typing import TypedDict
 
-from rbee.formats.gguf import KEPT_STRING_BYTES, STRING, ArrayAt, Gguf, strings_of
-from rbee.formats.reading import Bytes, LeftOut, ModelFile, shown
+from rbee.formats.gguf import Gguf
+from rbee.formats.gguf_claims import Claims
+from rbee.formats.gguf_tokenizer import chat_template, check_tokenizer
+from rbee.formats.reading import Bytes, ModelFile, shown
 from rbee.formats.tensor_types import FILE_TYPES
 from rbee.plugin import Capability
 
@@ -17,16 +18,8 @@ MAX_BLOCKS = 512
 MAX_CONTEXT_TOKENS = 16_777_216
 MAX_WIDTH = 1_048_576
 MAX_HEADS = 65_536
-MAX_EXPERTS = 4096
-MAX_VOCABULARY = 1_048_576
-MAX_TOKEN_BYTES = 64 * 1024
-MAX_NAME_LENGTH = 1024
-_FIRST_KEY_AT = 24
+MAX_EXPERTS = 1024
 _RANK = 4
-_BYTE_TYPE = 6
-_BYTE_TOKEN = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
-_TOKENIZER = "tokenizer.ggml."
-_TEMPLATE = "tokenizer.chat_template"
 
 _EMBEDDING = frozenset({
     "bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "modern-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
@@ -60,12 +53,12 @@ class Sizes(TypedDict):
 
 def model_of(file: Bytes, gguf: Gguf, parts: Sequence[Gguf], size_bytes: int) -> ModelFile:
     """Check what a GGUF file claims as a model and return it; `parts` are all files of a split one."""
-    claims = _Claims(file, gguf)
+    claims = Claims(file, gguf)
     architecture = claims.text("general.architecture", required=True)
     capabilities = _capabilities(claims, architecture)
     texts = bool(capabilities) and not set(capabilities) & {Capability.IMAGE, Capability.VIDEO}
     sizes = _sizes(claims, architecture, required=texts)
-    vocabulary = _check_tokenizer(claims, required=texts)
+    vocabulary = check_tokenizer(claims, required=texts)
     if texts:
         _check_floats(claims, architecture)
         _check_weights(file, parts)
@@ -84,7 +77,7 @@ def model_of(file: Bytes, gguf: Gguf, parts: Sequence[Gguf], size_bytes: int) ->
         parameters=sum(tensor.elements for part in parts for tensor in part.tensors),
         quantization=_quantization(gguf, parts),
         capabilities=capabilities,
-        chat_template=_chat_template(claims),
+        chat_template=chat_template(claims),
         vocabulary_size=vocabulary,
         license=claims.text("general.license"),
         metadata=MappingProxyType(gguf.metadata),
@@ -92,58 +85,7 @@ def model_of(file: Bytes, gguf: Gguf, parts: Sequence[Gguf], size_bytes: int) ->
     )
 
 
-class _Claims:
-    """Asks for one key at a time, and refuses a value of the wrong type or out of bounds."""
-
-    def __init__(self, file: Bytes, gguf: Gguf) -> None:
-        self.file = file
-        self.gguf = gguf
-
-    def refuse(self, key: str, what: str) -> NoReturn:
-        self.file.refuse(f"{key} {what}", at=self.gguf.at.get(key, _FIRST_KEY_AT))
-
-    def text(self, key: str, *, required: bool = False) -> str:
-        """Return a text in one line; empty when it is absent or too long to be a name."""
-        value = self.gguf.metadata.get(key)
-        if not isinstance(value, str | LeftOut | None):
-            self.refuse(key, f"is {_a(self.gguf.types[key])}; it must be a string")
-        usable = isinstance(value, str) and len(value) <= MAX_NAME_LENGTH
-        if required and not (usable and value and str(value).isprintable()):
-            self.refuse(key, "is missing" if value is None else "is not one printable word")
-        # Names are printed: an escape sequence in one must not reach a terminal.
-        return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) if usable else ""
-
-    def number(self, key: str, low: int, high: int, *, required: bool = False) -> int:
-        """Return an integer within bounds; 0 when the key is absent and not required."""
-        value = self.gguf.metadata.get(key)
-        if value is None:
-            return self.refuse(key, "is missing") if required else 0
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse(key, f"is {_a(self.gguf.types[key])}; it must be an integer")
-        if not low <= value <= high:
-            self.refuse(key, f"is {value}; {low} to {high} are allowed")
-        return value
-
-    def numbers(self, key: str, blocks: int, high: int) -> tuple[int, ...]:
-        """Return one integer per block, from an array or from one number that holds for all; () when absent."""
-        value = self.gguf.metadata.get(key)
-        if not isinstance(value, tuple | LeftOut):
-            return (self.number(key, 0, high),) * blocks if value is not None else ()
-        if isinstance(value, LeftOut) or any(isinstance(one, bool) or not isinstance(one, int) for one in value):
-            self.refuse(
-                key,
-                f"is {_a(self.gguf.types[key])}; it must hold one integer for each of {blocks} blocks",
-            )
-        if len(value) != blocks or not all(0 <= int(one) <= high for one in value):
-            self.refuse(key, f"must hold {blocks} integers from 0 to {high}, one for each block")
-        return tuple(int(one) for one in value)
-
-
-def _a(kind: str) -> str:
-    return f"{'an' if kind[0] in 'ai' else 'a'} {kind}"
-
-
-def _capabilities(claims: _Claims, architecture: str) -> tuple[str, ...]:
+def _capabilities(claims: Claims, architecture: str) -> tuple[str, ...]:
     if architecture == "clip" or claims.text("general.type") in _PARTS:
         return ()
     for group, capability in ((_IMAGE, Capability.IMAGE), (_VIDEO, Capability.VIDEO)):
@@ -158,7 +100,7 @@ def _capabilities(claims: _Claims, architecture: str) -> tuple[str, ...]:
     return (Capability.CHAT.value, Capability.COMPLETION.value)
 
 
-def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
+def _sizes(claims: Claims, architecture: str, *, required: bool) -> Sizes:
     """Check the numbers from which an engine computes its buffers."""
 
     def number(key: str, high: int, *, low: int = 1, needed: bool = False) -> int:
@@ -185,7 +127,9 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
     key_length = number("attention.key_length", MAX_WIDTH) or default
     value_length = number("attention.value_length", MAX_WIDTH) or default
     if architecture in _BERTS and not key_length == value_length == default:
-        claims.refuse(f"{architecture}.attention.key_length", f"is {key_length}; {default} is a head's share of {width}")
+        claims.refuse(
+            f"{architecture}.attention.key_length", f"is {key_length}; {default} is a head's share of {width}"
+        )
     return Sizes(
         context_tokens=context,
         embedding_length=width,
@@ -198,7 +142,7 @@ def _sizes(claims: _Claims, architecture: str, *, required: bool) -> Sizes:
     )
 
 
-def _check_experts(claims: _Claims, architecture: str) -> None:
+def _check_experts(claims: Claims, architecture: str) -> None:
     """Refuse numbers of experts that llama.cpp asserts against while it loads."""
     count_key, used_key = f"{architecture}.expert_count", f"{architecture}.expert_used_count"
     experts = claims.number(count_key, 0, MAX_EXPERTS)
@@ -215,7 +159,7 @@ def _check_experts(claims: _Claims, architecture: str) -> None:
         claims.refuse(groups_key, f"is {groups}, of which {groups_used} are used, for {experts} experts")
 
 
-def _check_sections(claims: _Claims, architecture: str) -> None:
+def _check_sections(claims: Claims, architecture: str) -> None:
     """Refuse rotary sections that are all zero; ggml asserts against them when it computes."""
     key = f"{architecture}.rope.dimension_sections"
     sections = claims.gguf.metadata.get(key)
@@ -226,7 +170,7 @@ def _check_sections(claims: _Claims, architecture: str) -> None:
         claims.refuse(key, "must be an array of integers, not all of them 0")
 
 
-def _check_floats(claims: _Claims, architecture: str) -> None:
+def _check_floats(claims: Claims, architecture: str) -> None:
     """Refuse a float that is not finite, and a negative epsilon: ggml asserts on them while it computes."""
     for key, value in claims.gguf.metadata.items():
         if isinstance(value, float) and key.startswith(architecture + "."):
@@ -240,7 +184,8 @@ def _check_weights(file: Bytes, parts: Sequence[Gguf]) -> None:
     """Refuse a weight of a type that ggml stores but does not multiply with; it ends the process when it meets one."""
     for part in parts:
         for tensor in part.tensors:
-            if not tensor.name.endswith((".weight", ".bias")):
+            # DeepSeek V4's tid2eid is a table of expert numbers by token, and looked up, not multiplied.
+            if not tensor.name.endswith((".weight", ".bias")) or "tid2eid" in tensor.name:
                 continue
             if tensor.type.name in _NO_WEIGHTS or (len(tensor.shape) == 1 and tensor.type.name not in _VECTORS):
                 file.refuse(f"the tensor {shown(tensor.name)} is {tensor.type.name}, which no weight is", at=tensor.at)
@@ -256,88 +201,3 @@ def _quantization(gguf: Gguf, parts: Sequence[Gguf]) -> str:
         for tensor in part.tensors:
             bytes_of[tensor.type.name] = bytes_of.get(tensor.type.name, 0) + tensor.size_bytes
     return max(bytes_of, key=lambda name: bytes_of[name], default="")
-
-
-def _chat_template(claims: _Claims) -> str | None:
-    """Return the default chat template; refuse one, default or named, that is too long to be one."""
-    for key in claims.gguf.types:
-        value = claims.gguf.metadata[key]
-        if key.startswith(_TEMPLATE) and isinstance(value, LeftOut) and value.type == "string":
-            claims.refuse(key, f"has {value.length} bytes; {KEPT_STRING_BYTES} are allowed")
-    template = claims.gguf.metadata.get(_TEMPLATE)
-    if template is not None and not isinstance(template, str):
-        claims.refuse(_TEMPLATE, f"is {_a(claims.gguf.types[_TEMPLATE])}; it must be a string")
-    return template
-
-
-def _check_tokenizer(claims: _Claims, *, required: bool) -> int:
-    """Check that the tokenizer's arrays agree; return the number of tokens."""
-    kind = claims.text(_TOKENIZER + "model", required=required)
-    if not kind or kind in ("none", "no_vocab"):
-        return 0
-    tokens = claims.gguf.arrays.get(_TOKENIZER + "tokens")
-    if tokens is None or tokens.element != STRING:
-        claims.refuse(_TOKENIZER + "tokens", "must be an array of strings")
-    if not 0 < tokens.length <= MAX_VOCABULARY:
-        claims.refuse(_TOKENIZER + "tokens", f"has {tokens.length} tokens; 1 to {MAX_VOCABULARY} are allowed")
-    _check_array(claims, _TOKENIZER + "scores", ("float32", "int32"), tokens.length)
-    _check_array(claims, _TOKENIZER + "token_type", ("int32",), tokens.length)
-    _check_array(claims, _TOKENIZER + "merges", ("string",), None)
-    _check_array(claims, _TOKENIZER + "precompiled_charsmap", ("int8", "uint8"), None)
-    _check_tokens(claims, tokens)
-    return tokens.length
-
-
-def _check_array(claims: _Claims, key: str, types: tuple[str, ...], length: int | None) -> None:
-    if key not in claims.gguf.types:
-        return
-    if claims.gguf.types[key] not in {f"array of {name}" for name in types}:
-        claims.refuse(key, f"is {_a(claims.gguf.types[key])}; it must be an array of {' or '.join(types)}")
-    if length is not None and claims.gguf.arrays[key].length != length:
-        claims.refuse(key, f"has {claims.gguf.arrays[key].length} elements for {length} tokens")
-
-
-def _check_tokens(claims: _Claims, tokens: ArrayAt) -> None:
-    """Refuse a token that occurs twice, at which llama.cpp ends the process, and a byte token that names no byte.
-
-    A bitmap marks each token's hash; only tokens that meet a marked bit are compared as text in a second pass. So the
-    memory is at most 16 MiB plus a few thousand tokens, whatever the file claims; a set of all tokens would take 100.
-    """
-    byte_tokens = _byte_tokens(claims, tokens.length)
-    mask = (1 << max(16, (64 * tokens.length).bit_length())) - 1
-    seen = bytearray((mask + 1) >> 3)
-    suspects: set[int] = set()
-    for index, token in enumerate(_tokens(claims, tokens)):
-        if index in byte_tokens and not _BYTE_TOKEN.fullmatch(token):
-            claims.refuse(_TOKENIZER + "tokens", f"has the byte token {index}, {shown(token)}, which names no byte")
-        place = hash(token) & mask
-        if seen[place >> 3] >> (place & 7) & 1:
-            suspects.add(place)
-        seen[place >> 3] |= 1 << (place & 7)
-    if suspects:
-        _refuse_twins(claims, tokens, suspects, mask)
-
-
-def _tokens(claims: _Claims, tokens: ArrayAt) -> Iterator[bytes]:
-    """Yield the tokens as llama.cpp sees them: up to the first zero byte, and with a text for an empty one."""
-    for index, token in enumerate(strings_of(claims.file, tokens, "token", MAX_TOKEN_BYTES)):
-        yield token.partition(b"\0")[0] or b"[EMPTY_%d]" % index
-
-
-def _byte_tokens(claims: _Claims, length: int) -> frozenset[int]:
-    types = claims.gguf.arrays.get(_TOKENIZER + "token_type")
-    if types is None:
-        return frozenset()
-    claims.file.at = types.offset
-    numbers = memoryview(claims.file.take(4 * length, "the token types")).cast("i")
-    return frozenset(index for index, number in enumerate(numbers) if number == _BYTE_TYPE)
-
-
-def _refuse_twins(claims: _Claims, tokens: ArrayAt, suspects: set[int], mask: int) -> None:
-    first: dict[bytes, int] = {}
-    for index, token in enumerate(_tokens(claims, tokens)):
-        if hash(token) & mask not in suspects:
-            continue
-        if token in first:
-            claims.refuse(_TOKENIZER + "tokens", f"has {shown(token)} twice, as tokens {first[token]} and {index}")
-        first[token] = index

@@ -27,8 +27,8 @@ ENGINE_ORDER = ("xllamacpp", "llama-cpp-python", "ctransformers")
 BY_OPTION = {"vision": "a worker with a projector: rbee worker spawn -m MODEL --option mmproj=FILE"}
 """Features that only an option gives a worker, and the hint that says so; workers started for a job have no options."""
 
-SHAPED_PATHS = frozenset({"/v1/responses", "/v1/messages", "/v1/messages/count_tokens"})
-"""Endpoints whose answers the worker's front completes to their published schema."""
+DIRECT_PATHS = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/messages/count_tokens"})
+"""Endpoints whose whole answers need nothing of the worker's front."""
 
 
 @dataclass
@@ -54,9 +54,13 @@ class Worker:
         return self.report.state is WorkerState.READY and not self.lost
 
     def upstream(self, path: str, *, stream: bool) -> Upstream:
-        """Return the shortest way to an answer that is shaped as its API says."""
-        shaped = path in SHAPED_PATHS or (path == "/v1/chat/completions" and not stream)
-        return self.front if shaped else self.engine
+        """Return the shortest way to an answer that has its API's shape and is cancelled when its client leaves.
+
+        A stream comes from the engine as it is; whole answers, and the events of `/v1/responses`, are completed by
+        the worker's front, which also frees a slot at once where an engine would finish the answer for nobody.
+        """
+        direct = path in DIRECT_PATHS or (stream and path != "/v1/responses")
+        return self.engine if direct else self.front
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,6 +18,9 @@ from rbee.errors import RbeeError
 from rbee.lifeline import die_with_parent
 from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
 from rbee.worker import backends, settings
+
+if TYPE_CHECKING:
+    from rbee.worker.app import App
 
 DRAIN_S = 10.0
 LAST_S = 10.0
@@ -42,7 +46,7 @@ def run(spec: WorkerSpec) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from rbee.worker.app import App
 
-    end_reader, end_writer = _pipe_of_signals()
+    end_reader, end_writer = _signal_pipe()
     try:
         app = App(spec, backends.find(spec.backend)())
     except RbeeError as problem:
@@ -60,20 +64,6 @@ def run(spec: WorkerSpec) -> int:
         return 0
     print(f"rbee worker: {spec.backend} could not run {spec.model}: {app.runner.reason}", file=sys.stderr)
     return 1
-
-
-def _pipe_of_signals() -> tuple[int, int]:
-    """Return a pipe that becomes readable at SIGTERM and SIGINT.
-
-    The kernel may hand a signal to any thread. Python then marks it, but a main thread that sleeps in a system call
-    sleeps on; only the wakeup descriptor is written in the signal handler itself.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return reader, writer
 
 
 def _signal_pipe() -> tuple[int, int]:

@@ -102,11 +102,13 @@ def _start(told: dict[str, Any]) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "rbee.worker.render_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        bufsize=-1,
+        # A Ctrl+C reaches every process of its terminal; the worker has conversations to drain first.
+        start_new_session=True,
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(told).encode() + b"\n")
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it died at once; whoever asks it something is told
+        process.stdin.write(json.dumps(told).encode() + b"\n")
+        process.stdin.flush()
     return process
 
 

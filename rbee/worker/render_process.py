@@ -25,8 +25,6 @@ class Refused(TemplateError):
 
 def main() -> None:
     """Compile the template of the first line and render the conversations of the others."""
-    # A Ctrl+C reaches the whole process group; the worker ends this process when it has drained.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     first = sys.stdin.readline()
     if not first:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import struct
 from random import Random
 
-from formats_draft import ARRAY, F32, SIZES, STRING, Draft, Pair, Row, text, u32, u64
+from formats_draft import ARRAY, F32, SIZES, STRING, U32, Draft, Pair, Row, text, u32, u64
 
+OPTIONAL = (
+    *("attention.key_length", "attention.value_length", "attention.sliding_window", "attention.head_count_kv"),
+    *("embedding_length_out", "nextn_predict_layers", "pooling_type", "rope.dimension_count", "vocab_size"),
+    *("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count", "expert_shared_count"),
+    *("leading_dense_block_count", "expert_feed_forward_length", "attention.q_lora_rank", "ssm.conv_kernel"),
+)
 NUMBERS = (0, 1, 2, 3, 7, 31, 255, 256, 1023, 65_535, 2**31 - 1, 2**31, 2**32 - 1)
 
 
 def mutate(draft: Draft, random: Random) -> tuple[bytes, str]:
     """Change a good file once; return its bytes and what was done."""
-    change = random.choice((_metadata_value, _metadata_value, _pair, _row, _header, _bytes, _array_element, _swap))
+    changes = (_metadata_value, _metadata_value, _new_key, _pair, _row, _header, _bytes, _array_element, _swap)
+    change = random.choice(changes)
     what = change(draft, random)
     raw = draft.encode()
     if change is _bytes:
@@ -31,6 +38,13 @@ def _metadata_value(draft: Draft, random: Random) -> str:
     raw = struct.pack("<f", random.choice(floats)) if pair.kind == F32 else u64(_number(random))
     pair.value = raw[:size].ljust(size, b"\0")
     return f"{pair.key!r} = {pair.value!r}"
+
+
+def _new_key(draft: Draft, random: Random) -> str:
+    architecture = "bert" if any(pair.key.startswith(b"bert.") for pair in draft.pairs) else "llama"
+    for _ in range(random.randrange(1, 4)):
+        draft.put(f"{architecture}.{random.choice(OPTIONAL)}", U32, u32(_number(random)))
+    return f"{draft.pairs[-3:]}"
 
 
 def _pair(draft: Draft, random: Random) -> str:

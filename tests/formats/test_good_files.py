@@ -121,7 +121,7 @@ def test_files_that_are_no_text_model(
 def test_a_large_vocabulary_is_checked_in_little_memory(draft: Draft, tmp_path: Path, words: int) -> None:
     random = Random(0)
     count = 60_000
-    tokens = [text(b" ".join(random.randbytes(6) for _ in range(words)) + u32(index)) for index in range(count)]
+    tokens = [text(" ".join(random.randbytes(6).hex() for _ in range(words)) + str(index)) for index in range(count)]
     put_tokens(draft, tokens)
     path = written(draft, tmp_path)
     tracemalloc.start()
@@ -143,6 +143,12 @@ def test_a_large_vocabulary_is_checked_in_little_memory(draft: Draft, tmp_path: 
 def put_tokens(draft: Draft, tokens: list[bytes]) -> None:
     draft.put("tokenizer.ggml.tokens", ARRAY, array(STRING, tokens))
     draft.put("tokenizer.ggml.token_type", ARRAY, array(5, [u32(1)] * len(tokens)))
+
+
+def test_a_table_of_expert_numbers_may_hold_integers(draft: Draft, tmp_path: Path) -> None:
+    row = draft.row("blk.0.attn_q.weight")
+    row.name, row.kind = b"blk.0.ffn_gate_tid2eid.weight", 25
+    assert inspect(written(draft, tmp_path)).parameters > 0
 
 
 def test_empty_tokens_may_be_many(draft: Draft, tmp_path: Path) -> None:

@@ -85,7 +85,13 @@ put("no blocks", "llama.block_count is 0", "llama.block_count", U32, u32(0))
 put("2^32 - 1 blocks", "llama.block_count is 4294967295; 1 to 512", "llama.block_count", U32, u32(2**32 - 1))
 put("blocks as text", "block_count is a string; it must be an integer", "llama.block_count", STRING, text("1"))
 put("blocks as a float", "block_count is a float32", "llama.block_count", F32, struct.pack("<f", 1.0))
-put("blocks as an array", "block_count is an array of uint32; it must be an integer", "llama.block_count", ARRAY, array(U32, [u32(1)]))
+put(
+    "blocks as an array",
+    "block_count is an array of uint32; it must be an integer",
+    "llama.block_count",
+    ARRAY,
+    array(U32, [u32(1)]),
+)
 put("context 0", "llama.context_length is 0", "llama.context_length", U32, u32(0))
 put("context 2^32 - 1", "llama.context_length is 4294967295", "llama.context_length", U32, u32(2**32 - 1))
 put("width 0", "llama.embedding_length is 0", "llama.embedding_length", U32, u32(0))

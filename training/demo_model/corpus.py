@@ -18,6 +18,8 @@ from examples import Example
 
 _GLIMPSES = 0.7
 """Share of plain questions whose answer is shown only in its opening."""
+_PLAINEST = 0.15
+"""Share of questions in a topic's first wording, the one that most people will use."""
 TEXT_FOLDER = Path(__file__).with_name("text")
 
 
@@ -47,21 +49,22 @@ class Corpus:
     def example(self, rng: random.Random) -> Example:
         """Draw one training example of the mix."""
         kinds: list[tuple[int, Callable[[random.Random], Example]]] = [
-            (46, self._about_rbee),
-            (16, self._about_else),
-            (6, self._small_skill),
-            (12, lambda rng: tool_calls.called(self.tools, self._before(rng), rng)),
+            (52, self._about_rbee),
+            (14, self._about_else),
+            (5, self._small_skill),
+            (13, lambda rng: tool_calls.called(self.tools, self._before(rng), rng)),
             (4, lambda rng: tool_calls.answered(self.tools, self._before(rng), rng)),
-            (5, lambda rng: tool_calls.declined(self.tools, self._before(rng), *self._turn(rng), rng)),
-            (4, lambda rng: tool_calls.imposed_call(self.tools, self._before(rng), *self._turn(rng), rng)),
-            (4, lambda rng: tool_calls.imposed_json(self.tools, self._before(rng), self._turn(rng)[0], rng)),
-            (3, self._plain_text),
+            (4, lambda rng: tool_calls.declined(self.tools, self._before(rng), *self._turn(rng), rng)),
+            (3, lambda rng: tool_calls.imposed_call(self.tools, self._before(rng), *self._turn(rng), rng)),
+            (3, lambda rng: tool_calls.imposed_json(self.tools, self._before(rng), self._turn(rng)[0], rng)),
+            (2, self._plain_text),
         ]
         return rng.choices([draw for _, draw in kinds], [share for share, _ in kinds])[0](rng)
 
     def ask(self, topic: Topic, rng: random.Random) -> str:
         """Draw a wording of a question, as a person might type it."""
-        question = wordings.expand(rng.choice(topic.ask), rng, self.macros)
+        ask = topic.ask[0] if rng.random() < _PLAINEST else rng.choice(topic.ask)
+        question = wordings.expand(ask, rng, self.macros)
         if topic is self.off_topic:
             return wordings.as_typed(wordings.fill(question, rng, self.slots), rng)
         return wordings.as_typed(question, rng, about_rbee=True)

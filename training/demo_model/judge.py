@@ -68,7 +68,7 @@ def serving(model: Path) -> Iterator[Judge]:
     params.n_parallel = _SLOTS
     params.n_ctx = _CONTEXT_TOKENS * _SLOTS
     params.n_gpu_layers = 0
-    # One thread: two wait for each other by spinning, which is slower for so small a network and crawls on a busy machine.
+    # One thread: two wait for each other by spinning, which crawls on a busy machine.
     params.cpuparams.n_threads = 1
     params.cpuparams_batch.n_threads = 1
     params.verbosity = 0
