@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli_rig import Person
 
+from rbee.testing.models import write_gpt2_ggml
+
 QUESTION = ("-p", "How do I add a machine?")
 
 
@@ -108,3 +110,25 @@ def test_a_folder_that_is_no_bundle_ends_with_2(person: Person, damage: str) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("rbee: ")
     assert not person.processes()
+
+
+@pytest.mark.parametrize("engine", ["xllamacpp", "llama-cpp-python", "ctransformers"])
+def test_every_engine_gives_the_same_result_again(person: Person, engine: str) -> None:
+    model, options = "rbee-demo", []
+    if engine == "ctransformers":
+        write_gpt2_ggml(person.folder / "tiny.bin")
+        model, options = "tiny", ["--option", "model_type=gpt2"]
+        added = person.rbee("model", "add", str(person.folder / "tiny.bin"))
+        assert added.returncode == 0, added.stderr
+    spawned = person.rbee("worker", "spawn", "-m", model, "--backend", engine, *options)
+    assert spawned.returncode == 0, spawned.stderr
+    results = []
+    for run_id in ("one", "two"):
+        done = person.rbee("infer", "-m", model, *QUESTION, "--max-tokens", "30", LLORCH_RUN_ID=run_id)
+        assert done.returncode == 0, done.stderr
+        results.append((bundle(person, run_id) / "result.txt").read_bytes())
+        assert json.loads((bundle(person, run_id) / "metadata.json").read_text())["engine"]["name"] == engine
+    assert results[0] == results[1]
+    assert results[0]
+    same = person.rbee("proof", "verify", str(bundle(person, "one")))
+    assert same.returncode == 0, same.stdout + same.stderr
