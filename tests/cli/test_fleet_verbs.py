@@ -11,6 +11,7 @@ import pytest
 from cli_rig import Person
 
 import rbee
+from rbee.testing.programs import until
 
 DEMO = Path(rbee.__file__).parent / "models" / "rbee-demo.gguf"
 
@@ -58,7 +59,7 @@ def test_a_worker_that_cannot_load_says_why(person: Person) -> None:
     [
         (["-m", "nothing"], 4),
         (["-m", "echo", "--backend", "xllamacpp"], 2),
-        (["-m", "echo", "--backend", "no-such-engine"], 1),
+        (["-m", "echo", "--backend", "no-such-engine"], 2),
         (["-m", "echo", "--backend", "cuda"], 2),
         (["-m", "echo", "--option", "no-equals-sign"], 2),
         (["-m", "echo", "--option", "no-such=1"], 2),
@@ -109,6 +110,8 @@ def test_a_file_that_is_no_model_is_refused(person: Person, kind: str) -> None:
 
 def test_the_machines(person: Person) -> None:
     person.rbee("queen", "start")
+    # A hive that has just started reports once more when it has listed its engines.
+    until(lambda: "xllamacpp" in person.rbee("hive", "status").stdout, "the hive to list its engines")
     (hive,) = json.loads(person.rbee("hive", "list", "--json").stdout)
     assert hive["devices"][0]["kind"] == "cpu"
     shown = person.rbee("hive", "status", hive["hive"]).stdout
