@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 DEMO = Path(rbee.__file__).parent / "models" / "rbee-demo.gguf"
 GREEDY = Sampling(max_tokens=48, temperature=0)
+# What the model is sure of: llama.cpp rounds a step of one token and a batch a little differently, and between two
+# tokens that are as likely as each other that decides.
 PROMPTS = (
     "<|user|>How do I add a machine?<|assistant|>",
     "<|user|>What is a hive?<|assistant|>",
@@ -24,7 +26,7 @@ PROMPTS = (
     "rbee apply inventory/",
     "<|user|>Wie füge ich einen Rechner hinzu? 日本語 🙂<|assistant|>",
     "The queen reads the inventory, and then " * 20,
-    "a b c d e f g",
+    "<|user|>Which port does the queen use?<|assistant|>",
     "<|user|>how do i route jobs<|assistant|>",
 )
 
