@@ -210,6 +210,7 @@ def test_what_is_completed(person: Person) -> None:
     assert complete("rbee queen sta") == ["plain,start", "plain,status"]
     assert complete("rbee infer -m rbee") == []
     person.rbee("queen", "start")
+    until(lambda: complete("rbee infer -m rbee"), "the hive to report its models")
     assert complete("rbee infer -m rbee") == ["plain,rbee-demo"]
 
 
