@@ -43,6 +43,7 @@ class Corpus:
         self.slots: dict[str, list[str]] = off_topic["slots"]
         self.topics = tuple(_topic(entry) for entry in _read(folder / "topics.yaml"))
         self.off_topic = _topic({"id": "off-topic", **off_topic})
+        self._held_out = {_bare(q) for topic in (*self.topics, self.off_topic) for q in topic.held_out}
         self.talk = SmallTalk(_read(folder / "conversation.yaml"))
         self.tools = tool_calls.ToolBook(_read(folder / "tools.yaml"), self.slots)
 
@@ -62,12 +63,16 @@ class Corpus:
         return rng.choices([draw for _, draw in kinds], [share for share, _ in kinds])[0](rng)
 
     def ask(self, topic: Topic, rng: random.Random) -> str:
-        """Draw a wording of a question, as a person might type it."""
+        """Draw a wording of a question, as a person might type it; never one that is held out."""
+        while True:
+            question = self._draw(topic, rng)
+            if _bare(question) not in self._held_out:
+                return wordings.as_typed(question, rng, about_rbee=topic is not self.off_topic)
+
+    def _draw(self, topic: Topic, rng: random.Random) -> str:
         ask = topic.ask[0] if rng.random() < _PLAINEST else rng.choice(topic.ask)
         question = wordings.expand(ask, rng, self.macros)
-        if topic is self.off_topic:
-            return wordings.as_typed(wordings.fill(question, rng, self.slots), rng)
-        return wordings.as_typed(question, rng, about_rbee=True)
+        return wordings.fill(question, rng, self.slots) if topic is self.off_topic else question
 
     def _about_rbee(self, rng: random.Random) -> Example:
         topic = rng.choice(self.topics)
@@ -118,6 +123,10 @@ def vocabulary_texts(corpus: Corpus, rng: random.Random) -> list[str]:
         if "_" in call.name
     ]
     return texts + ['{"name": "", "arguments": {"": ""}}'] * 2000
+
+
+def _bare(question: str) -> str:
+    return question.lower().strip("?!. ")
 
 
 def _read(path: Path) -> Any:
