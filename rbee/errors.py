@@ -11,7 +11,9 @@ RbeeError
 │   ├── NotSupported        the model, engine or endpoint cannot do this
 │   ├── InvalidModelFile    the file is no model, is damaged, or is hostile
 │   ├── RequestTimeout      the request's body did not arrive in time
-│   └── InvalidScript       the routing script does not compile or has no entry function
+│   ├── InvalidScript       the routing script does not compile or has no entry function
+│   ├── InvalidInventory    inventory files have mistakes: all of them, each with its file and line
+│   └── RevisionRefused     a commit is not signed, rewrites its branch, or is not there
 ├── AccessDenied            bring a key, or another one
 │   └── Forbidden           this key, or this origin, may not do that
 ├── Busy                    wait, then send the same request again
@@ -21,16 +23,21 @@ RbeeError
 │   ├── WorkerLost          in the middle of an answer
 │   ├── Unreachable         nothing listens at its address
 │   └── TimedOut            it did not answer within its limit
-└── SetupProblem            put the machine or its configuration right
-    ├── PortInUse
-    ├── PluginProblem
-    └── LoadFailed          an engine could not load a model
+├── SetupProblem            put the machine or its configuration right
+│   ├── PortInUse
+│   ├── PluginProblem
+│   └── LoadFailed          an engine could not load a model
+└── HostProblem             look at the host that it names; the other hosts went on
+    ├── HostUnreachable     no connection, or it was lost: the same apply later converges it
+    ├── HostRefused         ssh, its host key, sudo or python there must be put right first
+    ├── HostBusy            another apply holds it
+    └── HostFailed          what was done there did not succeed
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 
 class RbeeError(Exception):
@@ -157,6 +164,47 @@ class InvalidScript(InvalidInput):
     code = "invalid_script"
 
 
+class Mistake(NamedTuple):
+    """One thing that is wrong in a file; line 0 means the file or folder as a whole."""
+
+    file: str
+    line: int
+    message: str
+    hint: str = ""
+
+    @property
+    def at(self) -> str:
+        """The place, as editors and compilers write it."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.message}" + (f"\n  try: {self.hint}" if self.hint else "")
+
+
+class InvalidInventory(InvalidInput):
+    """Inventory files have mistakes; `mistakes` holds all of them, in the order of the files and lines.
+
+    `warnings` are what else is doubtful there: often the reason for a mistake.
+    """
+
+    code = "invalid_inventory"
+
+    def __init__(self, mistakes: Sequence[Mistake], warnings: Sequence[Mistake] = ()) -> None:
+        self.mistakes = tuple(mistakes)
+        self.warnings = tuple(warnings)
+        if len(mistakes) == 1:
+            super().__init__(f"{mistakes[0].at}: {mistakes[0].message}", hint=mistakes[0].hint or None)
+        else:
+            lines = "\n".join(str(mistake) for mistake in mistakes)
+            super().__init__(f"{len(mistakes)} mistakes in the inventory:\n{lines}")
+
+
+class RevisionRefused(InvalidInput):
+    """A commit is not let in: it is not signed, rewrites its branch, or is not there."""
+
+    code = "revision_refused"
+
+
 class AccessDenied(RbeeError):
     """A request has no key, a wrong one, or one without the needed scope."""
 
@@ -257,3 +305,48 @@ class LoadFailed(SetupProblem):
 
     status = 503
     code = "load_failed"
+
+
+class HostProblem(RbeeError):
+    """Something is the matter with one host of the inventory, whose name is `host`."""
+
+    code = "host_problem"
+
+    def __init__(self, host: str, what: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{host}: {what}", hint=hint)
+        self.host = host
+        self.what = what
+
+
+class HostUnreachable(HostProblem):
+    """A host cannot be connected to, or the connection was lost."""
+
+    code = "host_unreachable"
+    exit_code = 3
+
+
+class HostRefused(HostProblem):
+    """A host was reached, but cannot be worked on as the inventory says."""
+
+    code = "host_refused"
+
+
+class HostBusy(HostProblem):
+    """Another apply is at work on the host; `holder` says whose and since when."""
+
+    code = "host_busy"
+    exit_code = 6
+
+    def __init__(self, host: str, holder: str) -> None:
+        super().__init__(host, f"another apply is at work on it ({holder or 'it does not say whose'})", hint="later")
+        self.holder = holder
+
+
+class HostFailed(HostProblem):
+    """What was to be done on a host did not succeed; `details` is the agent's own answer."""
+
+    code = "host_failed"
+
+    def __init__(self, host: str, what: str, *, hint: str | None = None, details: Mapping[str, Any] = {}) -> None:
+        super().__init__(host, what, hint=hint)
+        self.details = details
