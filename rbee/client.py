@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -15,12 +16,20 @@ T = TypeVar("T")
 
 
 class Client:
-    """Calls to one program at `url`, with its bearer token."""
+    """Calls to one program at `url`, with its bearer token; `tls` is whom an `https` address must be trusted by."""
 
-    def __init__(self, url: str, *, token: str = "", timeout_s: float = 10.0, connect_timeout_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str = "",
+        timeout_s: float = 10.0,
+        connect_timeout_s: float = 2.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._upstream = Upstream(self.url, token=token, connect_timeout_s=connect_timeout_s)
+        self._upstream = Upstream(self.url, token=token, connect_timeout_s=connect_timeout_s, tls=tls)
 
     def get(self, path: str, type_: type[T], *, timeout_s: float | None = None) -> T:
         """GET and decode. Raises: RbeeError of the family that the answer's status stands for."""

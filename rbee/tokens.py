@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
 import os
 import secrets
 import tempfile
@@ -34,3 +36,13 @@ def _make(path: Path) -> None:
             os.link(name, path)
     finally:
         os.unlink(name)
+
+
+def derived_token(secret: str, *purpose: str) -> str:
+    """Return the token for one purpose: HMAC-SHA256 (RFC 2104) of its parts under the fleet's secret.
+
+    Whoever holds the fleet's secret computes the same token, so none has to be stored or sent about.
+    Hives: `derived_token(secret, "hive", HOST)`; workers: `derived_token(secret, "worker", HOST, NAME)`.
+    """
+    digest = hmac.digest(secret.encode(), "\0".join(purpose).encode(), "sha256")
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")

@@ -7,10 +7,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from rbee.errors import RbeeError
-from rbee.hive.settings import DEFAULT_PORT, LOAD_LIMIT_S, Settings
+from rbee.lean import without_typing_extensions
+
+with without_typing_extensions():
+    from rbee.hive.settings import DEFAULT_PORT, LOAD_LIMIT_S, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,44 +21,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = options.log_level.upper()
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        settings = Settings.checked(
-            host=options.host,
-            port=options.port,
-            queen_url=options.queen,
-            name=options.name,
-            token_file=options.token_file,
-            parent_pid=options.parent,
-            ephemeral=options.ephemeral,
-            load_limit_s=options.load_limit,
-        )
-        code: int = _agent().run(settings)
-        return code
+        settings = Settings.from_file(options.settings) if options.settings else _by_hand(options)
+        from rbee.hive import agent
+
+        return agent.run(settings)
     except RbeeError as problem:
         print(f"rbee-hive: {problem}", file=sys.stderr)
         return problem.exit_code
 
 
-def _agent() -> ModuleType:
-    """Import what the hive is made of without typing_extensions.
-
-    msgspec takes two names from it where it is installed and from `typing` elsewhere; it would be a sixth of this
-    process's memory.
-    """
-    absent = "typing_extensions" not in sys.modules
-    if absent:
-        sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # importing it raises ImportError
-    try:
-        from rbee.hive import agent
-    finally:
-        if absent:
-            del sys.modules["typing_extensions"]
-    return agent
+def _by_hand(options: argparse.Namespace) -> Settings:
+    return Settings.checked(
+        host=options.host,
+        port=options.port,
+        queen_url=options.queen,
+        name=options.name,
+        token_file=options.token_file,
+        parent_pid=options.parent,
+        ephemeral=options.ephemeral,
+        load_limit_s=options.load_limit,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rbee-hive", description="Run the models of this machine for a queen.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     run = verbs.add_parser("run", help="run the hive in the foreground until it is told to stop")
+    settings = "everything below from a YAML file (used by systemd's unit)"
+    run.add_argument("--settings", type=Path, metavar="FILE", help=settings)
     run.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     run.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for any free one (default: %(default)s)")
     run.add_argument("--queen", default="", metavar="URL", help="the queen to report to; she may start later")

@@ -168,6 +168,11 @@ def _report(entry: CatalogEntry, problem: str = "") -> ModelReport:
     )
 
 
+def inspected(name: str, path: Path, file: ModelFile) -> ModelReport:
+    """Return the report on a file that was read just now."""
+    return _report(_entry(name, path, file))
+
+
 def safe_name(path: Path) -> str:
     """Return a model name made of a file's: the stem, without what a name cannot hold and without a part number."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import ssl
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -65,7 +66,7 @@ class Instance:
         self._lock.close()
 
 
-def claim(state: Path, port: int, token: str) -> Instance:
+def claim(state: Path, port: int, token: str, tls: ssl.SSLContext | None = None) -> Instance:
     """Become this person's hive, waiting for one that is about to end.
 
     Raises: AlreadyRuns when the holder answers on `port`; SetupProblem when it answers elsewhere or not at all.
@@ -77,7 +78,7 @@ def claim(state: Path, port: int, token: str) -> Instance:
             return Instance(path, Lock(path))
         except Held:
             holder = read_record(path)
-        if holder and (health := probe(holder.url, token)) and health.status == "ok":
+        if holder and (health := probe(holder.url, token, tls)) and health.status == "ok":
             if urlsplit(holder.url).port == port:
                 raise AlreadyRuns(health.pid)
             raise SetupProblem(
@@ -92,9 +93,9 @@ def claim(state: Path, port: int, token: str) -> Instance:
         time.sleep(0.05)
 
 
-def probe(url: str, token: str) -> Health | None:
+def probe(url: str, token: str, tls: ssl.SSLContext | None = None) -> Health | None:
     """Return the health of a hive at `url` that takes `token`, or None."""
-    client = Client(url, token=token, timeout_s=2.0, connect_timeout_s=1.0)
+    client = Client(url, token=token, timeout_s=2.0, connect_timeout_s=1.0, tls=tls)
     try:
         health = client.get("/health", Health)
         client.send("GET", "/v1/hive").close()

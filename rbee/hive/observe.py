@@ -7,9 +7,9 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from rbee.process_memory import PAGE_BYTES
 from rbee.wire.fleet import Device
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 UNLIMITED = 2**60
 """cgroup v1 says "no limit" with a number near 2**63."""
 
@@ -35,19 +35,6 @@ def cpu(root: Path = Path("/")) -> Device:
 def cores() -> int:
     """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_bytes(pid: int, root: Path = Path("/")) -> int:
-    """Return the memory that a process holds (its resident set), 0 when it is gone."""
-    try:
-        return int((root / f"proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def session_memory_bytes(session: int, root: Path = Path("/")) -> int:
-    """Return the memory that a session's processes hold: a worker with the engine that it started."""
-    return sum(memory_bytes(pid, root) for pid in session_members(session, root))
 
 
 def start_ticks(pid: int, root: Path = Path("/")) -> int:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from rbee.default_engine import default_engine, first_choice
 from rbee.errors import InvalidModelFile, InvalidRequest, NotSupported, PluginProblem, UnknownModel
 from rbee.wire.fleet import Device, EngineReport, ModelReport, SpawnWorker
 
-DEFAULT_ENGINE = "xllamacpp"
 WORKER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 SLUG_LENGTH = 36
 """Room is left for "-999"."""
@@ -105,15 +105,8 @@ def _default_engine(model: ModelReport, engines: Sequence[EngineReport]) -> Engi
     """An engine for whoever names none: the default one when it can, else the first that can."""
     if not model.format:
         return _find_engine(model.name, engines)
-    able = [engine for engine in engines if model.format in engine.formats and not engine.problem]
-    if not able:
-        broken = [f"{e.name}: {e.problem}" for e in engines if model.format in e.formats]
-        raise PluginProblem(
-            f"No engine that can run here loads {model.format} files, as {model.name!r} is one"
-            + "".join(f". {text}" for text in broken),
-            hint="rbee plugin list",
-        )
-    return next((engine for engine in able if engine.name == DEFAULT_ENGINE), able[0])
+    preferred = sorted(engines, key=lambda engine: first_choice(engine.name))
+    return default_engine(model.name, model.format, preferred)
 
 
 def _check_format(model: ModelReport, engine: EngineReport, engines: Sequence[EngineReport]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rbee.errors import Busy, NotFound, PortInUse, RbeeError, SetupProblem
-from rbee.hive import observe
+from rbee.hive.declared import Declared
 from rbee.hive.launch import Child, Launcher
+from rbee.hive.ports import can_bind
+from rbee.hive.settings import Settings
 from rbee.hive.spawning import Spawn, worker_name
 from rbee.http.upstream import Upstream
+from rbee.process_memory import family_memory_bytes
 from rbee.wire.fleet import WorkerAccess, WorkerHealth, WorkerReady, WorkerReport, WorkerSpec, WorkerState
 
 log = logging.getLogger("rbee.hive")
@@ -94,18 +97,20 @@ class Workers:
         self,
         launcher: Launcher,
         *,
-        host: str,
-        dialled_host: str,
+        settings: Settings,
+        authority: ssl.SSLContext | None = None,
         hive_url: Callable[[], str],
-        load_limit_s: float,
+        declared: Declared,
         changed: Callable[[], None],
         became_ready: Callable[[str], None],
     ) -> None:
         self._launcher = launcher
-        self._host = host
-        self._dialled_host = dialled_host
+        self._settings = settings
+        self._host = settings.host
+        self._authority = authority
         self._hive_url = hive_url
-        self._load_limit_s = load_limit_s
+        self._declared = declared
+        self._load_limit_s = settings.load_limit_s
         self._changed = changed
         self._became_ready = became_ready
         self._lock = threading.Lock()
@@ -124,11 +129,12 @@ class Workers:
 
     def spawn(self, spawn: Spawn) -> WorkerReport:
         """Accept a new worker; the launcher's thread starts it. Raises: InvalidRequest, PortInUse, Busy."""
+        self._declared.check_free(spawn.request.name, spawn.request.port)
         with self._moving():
             if self._closing:
                 raise Busy("This hive is stopping", retry_after_s=5)
             live = {name: worker for name, worker in self._workers.items() if worker.holds_its_name()}
-            name = worker_name(spawn.request.name, spawn.model.name, live)
+            name = worker_name(spawn.request.name, spawn.model.name, {*live, *self._declared.names()})
             port = self._free_port(spawn.request.port, {worker.spec.port for worker in live.values()})
             worker = _Worker(self._spec(spawn, name, port), spawn)
             self._workers.pop(name, None)
@@ -222,16 +228,17 @@ class Workers:
 
     def _free_port(self, wanted: int, taken: set[int]) -> int:
         if wanted:
-            if wanted in taken or not _can_bind(self._host, wanted):
+            if wanted in taken or not can_bind(self._host, wanted):
                 raise PortInUse(self._host, wanted)
             return wanted
+        taken = taken | self._declared.ports()
         for port in range(FIRST_PORT, LAST_PORT + 1):
-            if port not in taken and _can_bind(self._host, port):
+            if port not in taken and can_bind(self._host, port):
                 return port
         raise SetupProblem(f"No port from {FIRST_PORT} to {LAST_PORT} is free on {self._host}")
 
     def _spec(self, spawn: Spawn, name: str, port: int) -> WorkerSpec:
-        request = spawn.request
+        request, tls = spawn.request, self._settings.tls
         return WorkerSpec(
             name=name,
             backend=spawn.engine.name,
@@ -251,6 +258,9 @@ class Workers:
             threads=request.threads,
             options=request.options,
             parent_pid=os.getpid(),
+            certificate=tls.certificate if tls else "",
+            key=tls.key if tls else "",
+            authority=tls.authority if tls else "",
         )
 
     def _launch(self, worker: _Worker) -> None:
@@ -282,7 +292,8 @@ class Workers:
         def loads() -> bool:
             return worker.state is WorkerState.STARTING and worker.child is child
 
-        upstream = Upstream(f"http://{self._dialled_host}:{worker.spec.port}", connect_timeout_s=1.0)
+        url = f"{self._settings.scheme}://{self._settings.near_host}:{worker.spec.port}"
+        upstream = Upstream(url, connect_timeout_s=1.0, tls=self._authority)
         deadline = time.monotonic() + self._load_limit_s
         while not worker.ended.wait(PROGRESS_EVERY_S) and loads():
             progress = _progress(upstream, worker.spec.name)
@@ -353,9 +364,11 @@ class Workers:
 
     def _report(self, worker: _Worker) -> WorkerReport:
         spec, ready = worker.spec, worker.ready
-        url = f"http://{self._dialled_host}:{spec.port}"
+        url = f"{self._settings.scheme}://{self._settings.dialled_host}:{spec.port}"
         alive = worker.state in LIVE
-        pid = worker.child.pid if worker.child and alive else 0
+        # A quick worker is ready before its starter has noted which process it is.
+        known = worker.child.pid if worker.child else ready.pid if ready else 0
+        pid = known if alive else 0
         access = WorkerAccess(url=url, engine_url=ready.engine_url if ready else "", token=spec.token)
         return WorkerReport(
             name=spec.name,
@@ -369,7 +382,7 @@ class Workers:
             context_tokens=ready.context_tokens if ready else spec.context_tokens,
             port=spec.port,
             pid=pid,
-            memory_bytes=observe.session_memory_bytes(pid) if pid else 0,
+            memory_bytes=family_memory_bytes(pid) if pid else 0,
             progress=worker.progress,
             reason=worker.reason,
             since=worker.since,
@@ -390,18 +403,6 @@ def _await_ends(workers: Sequence[_Worker], limit_s: float, hurry: threading.Eve
     while time.monotonic() < deadline and not all(worker.ended.is_set() for worker in workers):
         if hurry.wait(0.02):
             return
-
-
-def _can_bind(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the worker's own server does: an old connection in TIME_WAIT is no hindrance, a listener is.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def _progress(upstream: Upstream, name: str) -> float:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -44,6 +45,8 @@ log = logging.getLogger("rbee.http")
 
 MAX_CONNECTIONS = 512
 IDLE_TIMEOUT_S = 30.0
+HANDSHAKE_TIMEOUT_S = 10.0
+HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 LINGER_S, LINGER_BYTES = 5.0, 64 * 1024 * 1024
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 T = TypeVar("T")
@@ -74,9 +77,12 @@ class Request:
     def gone(self) -> bool:
         """Return True when the client has closed its side."""
         poller = select.poll()
-        poller.register(self.connection.fileno(), select.POLLIN | select.POLLHUP | select.POLLERR)
-        if not poller.poll(0):
+        poller.register(self.connection.fileno(), select.POLLIN | HUNG_UP)
+        events = dict(poller.poll(0)).get(self.connection.fileno(), 0)
+        if not events:
             return False
+        if isinstance(self.connection, ssl.SSLSocket) and events & HUNG_UP:
+            return True  # the alert with which TLS says goodbye lies before the end of the stream
         try:
             # The plain method also on a TLS socket: only the end of the stream is asked for, no data.
             return socket.socket.recv(self.connection, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
@@ -130,7 +136,7 @@ class Routes:
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server on `host:port` (port 0: any free one), listening once it is made.
+    """An HTTP server on `host:port` (port 0: any free one) or on `listener`, listening once it is made.
 
     Raises: PortInUse, SetupProblem.
     """
@@ -138,10 +144,23 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, routes: Routes, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        routes: Routes,
+        *,
+        tls: ssl.SSLContext | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
         self.routes = routes
+        self.turned_at = time.monotonic()
+        """When the loop that accepts connections last came round (time.monotonic())."""
         self._tls = tls
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        if listener is not None:
+            self._take(listener)
+            return
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Connection)
@@ -152,6 +171,17 @@ class Server(ThreadingHTTPServer):
                 f"Cannot listen on {host}:{port} ({problem.strerror})", hint="another --host or --port"
             ) from None
         self.port: int = self.server_address[1]
+
+    def _take(self, listener: socket.socket) -> None:
+        """Serve on a socket that listens already; TCPServer's own start makes one, which a sandbox may forbid."""
+        BaseServer.__init__(self, listener.getsockname(), _Connection)
+        self.socket, self.address_family = listener, listener.family
+        self.server_name = "rbee"
+        address = listener.getsockname()
+        self.port = self.server_port = address[1] if isinstance(address, tuple) else 0
+
+    def service_actions(self) -> None:
+        self.turned_at = time.monotonic()
 
     def server_bind(self) -> None:
         # HTTPServer's own asks the resolver for the host's name, which hangs where DNS is dead.
@@ -166,8 +196,9 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.sendall(_full())
+            if self._tls is None:
+                with contextlib.suppress(OSError):
+                    request.sendall(_full())
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
@@ -175,7 +206,7 @@ class Server(ThreadingHTTPServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             if self._tls is not None:
-                request.settimeout(IDLE_TIMEOUT_S)
+                request.settimeout(HANDSHAKE_TIMEOUT_S)
                 request = self._tls.wrap_socket(request, server_side=True)
             super().process_request_thread(request, client_address)
         except (OSError, ssl.SSLError) as problem:
@@ -183,6 +214,14 @@ class Server(ThreadingHTTPServer):
             self.shutdown_request(request)
         finally:
             self._places.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        if isinstance(request, ssl.SSLSocket):
+            # Say goodbye (RFC 8446, 6.1) and do not wait for an answer to it.
+            with contextlib.suppress(OSError, ValueError):
+                request.settimeout(0.0)
+                request.unwrap()
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         problem = sys.exc_info()[1]

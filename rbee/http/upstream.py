@@ -1,4 +1,4 @@
-"""A kept-alive HTTP/1.1 client over plain sockets, whose answers are passed on as they come.
+"""A kept-alive HTTP/1.1 client over plain or TLS sockets, whose answers are passed on as they come.
 
 It runs unchanged on threads and, in the queen, on gevent's patched sockets. One `Upstream` is one address.
 """
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from rbee.errors import TimedOut, Unreachable, WorkerLost
+from rbee.http.tls import reason
 
 RECEIVE_BYTES = 65536
 MAX_IDLE = 64
@@ -23,13 +24,16 @@ MAX_HEAD_BYTES = 65536
 
 
 class Upstream:
-    """A pool of kept-alive connections to `http://host:port`, `https://host:port` or `unix:/path`."""
+    """A pool of kept-alive connections to `http://host:port`, `https://host:port` or `unix:/path`.
+
+    `tls` says whom `https` trusts (`tls.client_context` of the fleet's authority); without it, whom the machine trusts.
+    """
 
     def __init__(self, url: str, *, token: str = "", connect_timeout_s: float = 2.0, tls: ssl.SSLContext | None = None):
         self.url = url
         self.token = token
         self._connect_timeout_s = connect_timeout_s
-        self._tls = tls
+        self._tls: ssl.SSLContext | None = None
         self._idle: deque[socket.socket] = deque(maxlen=MAX_IDLE)
         if url.startswith("unix:"):
             self._unix: str | None = url.removeprefix("unix:")
@@ -41,8 +45,8 @@ class Upstream:
                 parts.hostname or "127.0.0.1",
                 parts.port or (443 if parts.scheme == "https" else 80),
             )
-            if parts.scheme == "https" and tls is None:
-                self._tls = ssl.create_default_context()
+            if parts.scheme == "https":
+                self._tls = tls or ssl.create_default_context()
 
     def request(
         self,
@@ -90,10 +94,19 @@ class Upstream:
         else:
             sock.close()
 
+    def lost_idle(self) -> bool:
+        """Return True when the other side has closed a kept connection: most likely its process has ended."""
+        return any(_readable(sock) for sock in tuple(self._idle))
+
     def close(self) -> None:
         """Close the idle connections."""
         while self._idle:
             self._idle.pop().close()
+
+    def __del__(self) -> None:
+        # For those who drop it without a word; a socket that is collected warns of that.
+        if hasattr(self, "_idle"):
+            self.close()
 
     def _take(self) -> tuple[bool, socket.socket]:
         while self._idle:
@@ -119,9 +132,15 @@ class Upstream:
                 return sock
             sock = socket.create_connection((self._host, self._port), timeout=self._connect_timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._tls.wrap_socket(sock, server_hostname=self._host) if self._tls else sock
         except OSError as problem:
             raise Unreachable(f"Nothing answers at {self.url} ({problem})") from None
+        return self._secured(sock, self._tls) if self._tls else sock
+
+    def _secured(self, sock: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        try:
+            return tls.wrap_socket(sock, server_hostname=self._host)
+        except OSError as problem:
+            raise Unreachable(f"No safe connection to {self.url}: {reason(problem)}") from None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], length: int) -> bytes:
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}:{self._port}" if self._port else "Host: localhost"]
@@ -148,6 +167,7 @@ class Answer:
         self._parts: list[bytes] = []
         self._head_done = False
         self._done = False
+        self._keep = False
         self.closed = False
         self._head_bytes = 0
 
@@ -164,6 +184,8 @@ class Answer:
 
     def on_message_complete(self) -> None:
         self._done = self._head_done
+        # llhttp forgets it as soon as the message is complete.
+        self._keep = self._parser.should_keep_alive()
 
     def read_head(self) -> None:
         """Receive until the head is whole."""
@@ -259,7 +281,7 @@ class Answer:
     def _finish(self) -> None:
         if self.closed:
             return
-        if self._parser.should_keep_alive() and not self._ends_with_connection():
+        if self._keep and not self._ends_with_connection():
             self.closed = True
             self._upstream.give_back(self._sock)
         else:

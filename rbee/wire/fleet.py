@@ -12,6 +12,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,95}$"
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 WorkerName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+HiveName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,252}$")]
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -96,6 +97,10 @@ class WorkerReport(Struct, frozen=True, kw_only=True):
     reason: str = ""
     since: float = 0.0
     started_at: float = 0.0
+    declared: bool = False
+    """The inventory names it and systemd runs it, so the hive neither starts nor stops it."""
+    pinned: bool = False
+    """It must never be ended to make room for another one."""
     access: WorkerAccess | None = None
 
 
@@ -105,7 +110,7 @@ class HiveReport(Struct, frozen=True, kw_only=True):
     `epoch` is raised at each start of the hive and `sequence` at each report, so that a late one is recognised.
     """
 
-    hive: str
+    hive: HiveName
     url: str
     version: str
     epoch: float
@@ -160,6 +165,11 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     threads: Count = 0
     options: dict[str, str] = {}
     parent_pid: Count = 0
+    certificate: str = ""
+    key: str = ""
+    """Files (PEM) with which the worker serves TLS; empty: plain HTTP."""
+    authority: str = ""
+    """The file (PEM) of the authority by which it knows its hive, when `hive_url` is https."""
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True):
@@ -189,6 +199,9 @@ class WorkerHealth(Struct, frozen=True, kw_only=True):
     context_tokens: int = 0
     progress: float = 0.0
     reason: str = ""
+    memory_bytes: Count = 0
+    capabilities: list[str] = []
+    features: list[str] = []
 
 
 class Problem(Struct, frozen=True, kw_only=True):
@@ -200,13 +213,20 @@ class Problem(Struct, frozen=True, kw_only=True):
 
 
 class HiveView(Struct, frozen=True, kw_only=True):
-    """A hive as the queen believes it to be."""
+    """A hive as the queen believes it to be; `state` is connecting, ready, unreachable (both for `reason`) or lost.
+
+    `last_report_s` is negative, and `version` empty, for a host of the inventory that has never reported.
+    """
 
     hive: str
     url: str
     version: str
     state: str
     last_report_s: float
+    reason: str = ""
+    since: float = 0.0
+    region: str = ""
+    tags: list[str] = []
     devices: list[Device] = []
     engines: list[EngineReport] = []
     models: list[ModelReport] = []

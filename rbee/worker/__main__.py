@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from rbee.errors import RbeeError
+from rbee.errors import InvalidModelFile, PortInUse, RbeeError
+from rbee.lean import share_one_arena, without_typing_extensions
 from rbee.lifeline import die_with_parent
-from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
-from rbee.worker import backends, settings
+from rbee.notify import Notifier, passed_socket
+
+with without_typing_extensions():
+    import msgspec
+
+    from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
+    from rbee.worker import backends, settings
 
 if TYPE_CHECKING:
     from rbee.worker.app import App
 
 DRAIN_S = 10.0
 LAST_S = 10.0
+ERRNO = {PortInUse: errno.EADDRINUSE, InvalidModelFile: errno.ENOEXEC}
+"""What systemd is told of a failed start, beside its words (sd_notify(3))."""
 FINISHED = b"f"
 """What is written to the pipe of signals when the worker ends by itself; a signal writes its number."""
 
@@ -34,21 +42,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.command == "plugins":
             return plugins(as_json=given.json)
+        if given.settings:
+            return run_declared(given.settings)
         return run(settings.read_spec(given.spec) if given.spec else settings.from_arguments(given))
     except RbeeError as problem:
         print(f"rbee worker: {problem}", file=sys.stderr)
         return problem.exit_code
 
 
-def run(spec: WorkerSpec) -> int:
-    """Serve one model until a signal, a failed load or a dead engine; return the exit code."""
+def run_declared(file: Path) -> int:
+    """Run the worker of a settings file, as systemd starts it; what hinders it is told to systemd as well."""
+    from rbee.worker.unit import from_settings
+
+    notifier, listener = Notifier.from_environment(), passed_socket()
+    try:
+        return run(from_settings(file), listener, notifier)
+    except RbeeError as problem:
+        notifier.send(f"STATUS=failed: {problem}", f"ERRNO={ERRNO.get(type(problem), errno.EINVAL)}")
+        print(f"rbee worker: {problem}", file=sys.stderr)
+        return 1
+
+
+def run(
+    spec: WorkerSpec,
+    listener: socket.socket | None = None,
+    notifier: Notifier = Notifier(),  # noqa: B008  frozen; nobody listens to it
+) -> int:
+    """Serve one model until a signal, a failed load or a dead engine; return the exit code.
+
+    `listener` is a socket that listens already; without it the worker opens its own.
+    """
     die_with_parent(spec.parent_pid, signal.SIGKILL)
+    share_one_arena()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     from rbee.worker.app import App
 
     end_reader, end_writer = _signal_pipe()
     try:
-        app = App(spec, backends.find(spec.backend)())
+        app = App(spec, backends.find(spec.backend)(), listener=listener, notifier=notifier)
     except RbeeError as problem:
         _announce_failure(spec, str(problem))
         raise
@@ -59,9 +90,11 @@ def run(spec: WorkerSpec) -> int:
     last = threading.Timer(DRAIN_S + LAST_S, os._exit, (1,))
     last.daemon = True
     last.start()
+    app.pulse.stopping()
     app.end(DRAIN_S)
     if app.runner.status != "failed":
         return 0
+    app.pulse.failed(app.runner.reason)
     print(f"rbee worker: {spec.backend} could not run {spec.model}: {app.runner.reason}", file=sys.stderr)
     return 1
 
@@ -110,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     start = verbs.add_parser("run", help="run a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     start.add_argument("--spec", type=Path, help="everything below from a JSON file (used by a hive)")
+    start.add_argument("--settings", type=Path, help="everything below from a YAML file (used by systemd's unit)")
     start.add_argument("--backend", default="xllamacpp", help="the engine; see `plugins`")
     start.add_argument("--model", default="", help=f"a model file, or {settings.BUILT_IN}")
     start.add_argument("--name", default="", help="the name that requests give as `model`")
@@ -131,7 +165,7 @@ def _announce_failure(spec: WorkerSpec, reason: str) -> None:
         from rbee.worker.announce import announce
 
         failed = WorkerReady(name=spec.name, pid=os.getpid(), port=spec.port, state=WorkerState.FAILED, reason=reason)
-        announce(spec.hive_url, spec.token, failed, threading.Event())
+        announce(spec, failed, threading.Event())
 
 
 def _port(value: str) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 from rbee.client import Client
 from rbee.errors import RbeeError
-from rbee.wire.fleet import WorkerReady, WorkerState
+from rbee.http.tls import client_context
+from rbee.wire.fleet import WorkerReady, WorkerSpec, WorkerState
 
 log = logging.getLogger("rbee.worker")
 
@@ -17,9 +19,11 @@ BAD_NEWS_TRIES = 6
 """A worker that failed ends; its hive notices that as well."""
 
 
-def announce(hive_url: str, token: str, ready: WorkerReady, stop: threading.Event) -> bool:
+def announce(spec: WorkerSpec, ready: WorkerReady, stop: threading.Event) -> bool:
     """Post `ready` to the hive until it takes it, `stop` is set or patience ends; return whether it took it."""
-    client = Client(hive_url, token=token, timeout_s=5.0)
+    hive_url = spec.hive_url
+    tls = client_context(Path(spec.authority)) if spec.authority else None
+    client = Client(hive_url, token=spec.token, timeout_s=5.0, tls=tls)
     try:
         patience_s = PATIENCE_S[:BAD_NEWS_TRIES] if ready.state == WorkerState.FAILED else PATIENCE_S
         for pause_s in (*patience_s, None):

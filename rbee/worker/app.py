@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rbee.errors import Forbidden, MethodNotAllowed, NotFound, NotSupported, UnknownModel
 from rbee.http.server import Handler, Request, Response, Routes, Server, reply
+from rbee.http.tls import server_context
+from rbee.lean import give_back_free_memory
+from rbee.notify import Notifier
 from rbee.plugin import AnsweringBackend, Backend, ServingBackend
 from rbee.wire.fleet import WorkerSpec
 from rbee.wire.openai import REQUESTS, ExecuteRequest, InferenceRequest, ModelCard, ModelList, decode
 from rbee.worker import execute
 from rbee.worker.announce import announce
+from rbee.worker.pulse import Pulse
 from rbee.worker.relay import ClientLeft, engine_metrics, relay
 from rbee.worker.runner import Runner
 from rbee.worker.tracking import Tracked
@@ -31,7 +37,14 @@ Infer = Callable[[Request, InferenceRequest], Response]
 class App:
     """A worker that listens, with its backend not loaded. Raises: PortInUse, SetupProblem."""
 
-    def __init__(self, spec: WorkerSpec, backend: Backend) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        backend: Backend,
+        *,
+        listener: socket.socket | None = None,
+        notifier: Notifier = Notifier(),  # noqa: B008  frozen; nobody listens to it
+    ) -> None:
         self.spec = spec
         self.runner = Runner(spec, backend)
         self.started_at = time.time()
@@ -42,7 +55,9 @@ class App:
 
             self._answers = Answers(self.runner, backend)
             self._answer = self._answers.answer
-        self.server = Server(spec.host, spec.port, self.routes())
+        tls = server_context(Path(spec.certificate), Path(spec.key)) if spec.certificate else None
+        self.server = Server(spec.host, spec.port, self.routes(), tls=tls, listener=listener)
+        self.pulse = Pulse(self.runner, self.server, notifier)
 
     def routes(self) -> Routes:
         """Return the table of routes."""
@@ -59,6 +74,7 @@ class App:
     def start(self, on_end: Callable[[], object]) -> None:
         """Serve, load the model and tell the hive; `on_end` is called when the worker ends by itself."""
         self.server.start()
+        self.pulse.start()
         spec = self.spec
         log.info("worker %s listens on %s:%d, loading %s", spec.name, spec.host, self.server.port, spec.model)
 
@@ -81,14 +97,15 @@ class App:
     def _changed(self) -> None:
         if self._answers is not None and self.runner.status == "ready":
             self._answers.prepare()
+        self.pulse.changed()
+        give_back_free_memory()
         self._announce()
 
     def _announce(self) -> None:
         """Tell the hive the state; it may be away for a while, so this is no one's wait but its own thread's."""
         if not self.spec.hive_url:
             return
-        ready = self.runner.announcement(self.server.port)
-        arguments = (self.spec.hive_url, self.spec.token, ready, self.runner.over)
+        arguments = (self.spec, self.runner.announcement(self.server.port), self.runner.over)
         thread = threading.Thread(target=announce, args=arguments, name="announce", daemon=True)
         thread.start()
         if self.runner.status == "failed":
@@ -96,8 +113,10 @@ class App:
 
     # the handlers, in the order of the routes
 
-    def health(self, _: Request) -> Response:
-        """Answer `GET /health`: 200 when ready, else 503."""
+    def health(self, request: Request) -> Response:
+        """Answer `GET /health`: 200 when ready, else 503. It needs no token, but one that is brought must be right."""
+        if self.spec.token and "authorization" in request.headers:
+            request.require(self.spec.token)
         response = reply(self.runner.health(), 200 if self.runner.status == "ready" else 503)
         if response.status == 503:
             response.headers["Retry-After"] = "1"

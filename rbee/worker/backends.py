@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 
+from rbee.default_engine import first_choice
 from rbee.errors import PluginProblem
 from rbee.plugin import API_VERSION, ENTRY_POINT_GROUP, AnsweringBackend, Backend, ServingBackend
 from rbee.wire.fleet import EngineReport
@@ -13,6 +14,12 @@ from rbee.wire.fleet import EngineReport
 def report_all() -> list[EngineReport]:
     """Report every installed backend by name; one that is broken says so in `problem`."""
     return [_report(entry) for entry in _entries()]
+
+
+def reports_by_preference() -> Iterator[EngineReport]:
+    """Yield a report on each installed backend, the default one first; none is imported before its turn."""
+    for entry in sorted(_entries(), key=lambda entry: first_choice(entry.name)):
+        yield _report(entry)
 
 
 def find(name: str) -> type[Backend]:

@@ -102,11 +102,11 @@ def _assembled(answer: Answer, assembly: Assembly) -> bytes:
     return assembly.whole()
 
 
-def engine_metrics(upstream: Upstream) -> bytes:
+def engine_metrics(upstream: Upstream, timeout_s: float = METRICS_TIMEOUT_S) -> bytes:
     """Return the engine's own Prometheus metrics, or nothing where it has none."""
     try:
-        answer = upstream.request("GET", "/metrics", timeout_s=METRICS_TIMEOUT_S)
-        text = answer.read(MAX_ERROR_BYTES, METRICS_TIMEOUT_S)
+        answer = upstream.request("GET", "/metrics", timeout_s=timeout_s)
+        text = answer.read(MAX_ERROR_BYTES, timeout_s)
     except (RbeeError, ValueError):
         return b""
     return text if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/plain") else b""

@@ -16,6 +16,7 @@ from rbee.errors import Busy, LoadFailed, RbeeError
 from rbee.http.upstream import Upstream
 from rbee.paths import private, runtime_dir
 from rbee.plugin import Backend, Capability, Endpoint, Loaded, ModelSpec, ServingBackend
+from rbee.process_memory import family_memory_bytes
 from rbee.wire.fleet import WorkerHealth, WorkerReady, WorkerSpec, WorkerState
 from rbee.worker.context import USUAL_SLOTS, default_context, machine_memory_bytes
 from rbee.worker.metrics import Metrics
@@ -46,6 +47,7 @@ class Runner:
         """Set when the process should end: it was told to, the load failed, or the engine died."""
         self.ending_fd, self._ending_writer = os.pipe()
         self._in_flight = 0
+        self._moves = 0
         self._idle = threading.Condition()
         self._lock = threading.Lock()
         self._closed = False
@@ -112,7 +114,19 @@ class Runner:
             context_tokens=self.loaded.context_tokens or 0,
             progress=round(self.progress, 3),
             reason=self.reason,
+            memory_bytes=family_memory_bytes(os.getpid()),
+            capabilities=sorted(self.capabilities),
+            features=sorted(self.features),
         )
+
+    def moves(self) -> tuple[int, int]:
+        """Return the number of jobs in flight, and a number that grows with each step that any job makes."""
+        with self._idle:
+            return self._in_flight, self._moves
+
+    def moved(self) -> None:
+        """Take note that a job has made a step."""
+        self._moves += 1  # a step lost between two threads is as good as one step
 
     def announcement(self, port: int) -> WorkerReady:
         """Return what the hive is told."""
@@ -142,11 +156,13 @@ class Runner:
         with self._idle:
             self.check_ready()
             self._in_flight += 1
+            self._moves += 1
 
     def leave(self) -> None:
         """Count a job out."""
         with self._idle:
             self._in_flight -= 1
+            self._moves += 1
             self._idle.notify_all()
 
     def drain(self) -> None:

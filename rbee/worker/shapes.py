@@ -1,8 +1,8 @@
-"""Complete what an engine's answers leave out of their schema. Pure: nothing that an engine said is changed.
+"""Complete what an engine's answers leave out of their schema. Pure: the text that an engine made is never changed.
 
 llama.cpp omits fields that OpenAI's, Open Responses' and Anthropic's schemas require (most of them null), and strict
-clients refuse such an answer. Whole answers of the three endpoints are completed, and the events of `/v1/responses`;
-every other stream and endpoint goes through as it came.
+clients refuse such an answer. Whole answers of the three endpoints are completed, and the events of `/v1/responses`
+and `/v1/messages`; every other stream and endpoint goes through as it came.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def complete(path: str, request: bytes, answer: bytes, now: float) -> bytes:
 
 def events_of(path: str, request: bytes, now: Callable[[], float]) -> Events | None:
     """Return what completes the events of a streamed answer to `path`, or None where they pass as they are."""
+    if path == "/v1/messages":
+        return message_events
     return ResponseEvents(request, now) if path == "/v1/responses" else None
 
 
@@ -94,6 +96,7 @@ def message(body: Json, _request: bytes, _now: float) -> Json:
     """Complete a message (Anthropic API reference)."""
     body.setdefault("stop_details", None)
     body.setdefault("container", None)
+    _name_stop(body)
     for block in _objects(body.get("content")):
         if block.get("type") == "text":
             block.setdefault("citations", None)
@@ -102,6 +105,32 @@ def message(body: Json, _request: bytes, _now: float) -> Json:
     if isinstance(body.get("usage"), dict):
         body["usage"] = {**MESSAGE_USAGE, **body["usage"]}
     return body
+
+
+def message_events(data: bytes) -> bytes:
+    """Return whole events of a streamed message, with the true reason where a stop sequence ended it."""
+    if b'"stop_sequence"' not in data:
+        return data
+    return b"".join(_message_event(event) for event in _BETWEEN_EVENTS.split(data) if event.strip())
+
+
+def _message_event(event: bytes) -> bytes:
+    line = next((line for line in event.split(b"\n") if line.startswith(b"data:")), b"")
+    try:
+        body = msgspec.json.decode(line[5:], type=Json)
+    except msgspec.DecodeError:
+        return event + b"\n\n"
+    if body.get("type") != "message_delta" or not isinstance(body.get("delta"), dict) or not _name_stop(body["delta"]):
+        return event + b"\n\n"
+    return _sent(body)
+
+
+def _name_stop(message: Json) -> bool:
+    """Name the stop sequence as what ended a message; llama.cpp gives the sequence, and "end_turn" for the reason."""
+    mistaken = bool(message.get("stop_sequence")) and message.get("stop_reason") == "end_turn"
+    if mistaken:
+        message["stop_reason"] = "stop_sequence"
+    return mistaken
 
 
 def response(body: Json, request: bytes, now: float) -> Json:

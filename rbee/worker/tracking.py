@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from rbee.http.server import Response
+from rbee.worker.relay import ClientLeft
 from rbee.worker.runner import Runner
 from rbee.worker.usage import UsageReader
 
@@ -38,6 +39,7 @@ class Tracked:
 
     def seen(self, data: bytes) -> None:
         """Look at a part of the answer as it passes."""
+        self._runner.moved()
         self._usage.part(data)
         self._broken = self._broken or data.startswith(ERROR_EVENTS)
 
@@ -46,12 +48,13 @@ class Tracked:
         if self._done:
             return
         self._done = True
-        self._runner.leave()
         seconds = time.monotonic() - self._started
         usage = self._usage
         status = "broken" if self._broken else status
         self._runner.metrics.finished(self._endpoint, status, seconds)
         self._runner.metrics.tokens(usage.prompt, usage.generated)
+        # Last: whoever sees no job in flight finds this one counted.
+        self._runner.leave()
         log.info("%s %s %.2f s, %d + %d tokens", self._endpoint, status, seconds, usage.prompt, usage.generated)
 
 
@@ -72,6 +75,9 @@ class _Followed:
         except StopIteration:
             self._job.finish("200")
             raise
+        except ClientLeft:
+            self._job.finish("cancelled")
+            raise ConnectionAbortedError("the client left") from None
         except BaseException:
             self._job.finish("broken")
             raise

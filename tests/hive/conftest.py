@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hive_rig import ENGINES, TRIAL, FakeQueen, RunningHive, StartHive, install, processes_of, until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -61,13 +62,16 @@ def install(folder: Path, engines: dict[str, str], module: str = "rbee_trial", v
 class RunningHive:
     """A hive process and calls to it."""
 
-    def __init__(self, process: subprocess.Popen[str], home: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], home: Path, *, token: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
         self.process = process
         self.home = home
         self.first_line = process.stdout.readline().strip() if process.stdout else ""
         self.url = self.first_line.removeprefix("listening on ")
-        self.token = self._token()
-        self.client = Client(self.url, token=self.token, timeout_s=HANG_GUARD_S)
+        self.token = token or self._token()
+        self.tls = tls
+        self.client = Client(self.url, token=self.token, timeout_s=HANG_GUARD_S, tls=tls)
 
     @property
     def pid(self) -> int:
@@ -135,6 +139,7 @@ class FakeQueen:
         self.reports: list[HiveReport] = []
         self.ready: list[WorkerReport] = []
         self.tokens: set[str] = set()
+        self._closed = False
         self.answer: Callable[[], Response] = lambda: reply({})
         routes = Routes()
         routes.add("POST", "/v1/orchestrator/hive-report", self._report)
@@ -144,12 +149,14 @@ class FakeQueen:
         self.server.start()
 
     def _report(self, request: Request) -> Response:
+        self._end_with_her()
         self.tokens.add(request.headers.get("authorization", ""))
         answer = self.answer()
         self.reports.append(request.json(HiveReport))
         return answer
 
     def _ready(self, request: Request) -> Response:
+        self._end_with_her()
         self.tokens.add(request.headers.get("authorization", ""))
         self.ready.append(request.json(WorkerReport))
         return reply({})
@@ -159,7 +166,13 @@ class FakeQueen:
         workers = self.reports[-1].workers if self.reports else []
         return next((worker.state for worker in workers if worker.name == name), None)
 
+    def _end_with_her(self) -> None:
+        """A process that ends takes its kept connections along; the threads of this one stay."""
+        if self._closed:
+            raise ConnectionResetError("the queen has ended")
+
     def close(self) -> None:
+        self._closed = True
         self.server.shutdown()
         self.server.server_close()
 

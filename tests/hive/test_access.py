@@ -12,6 +12,7 @@ from hive_rig import RunningHive
 
 ROUTES = [
     ("GET", "/v1/hive"),
+    ("GET", "/v1/hive/watch"),
     ("GET", "/v1/workers"),
     ("POST", "/v1/workers"),
     ("DELETE", "/v1/workers/trial"),

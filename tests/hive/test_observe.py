@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rbee.hive import observe
+from rbee.process_memory import children, family_memory_bytes, memory_bytes
 from rbee.testing.programs import until
 
 MEMINFO = (
@@ -88,18 +89,18 @@ def test_a_zombie_and_a_process_that_is_gone_have_no_start() -> None:
     assert observe.start_ticks(child.pid) == 0
     child.wait()
     assert observe.start_ticks(child.pid) == 0
-    assert observe.memory_bytes(child.pid) == 0
+    assert memory_bytes(child.pid) == 0
     assert observe.command_line(child.pid) == []
 
 
 def test_memory_of_this_process() -> None:
-    assert observe.memory_bytes(os.getpid()) > 1_000_000
+    assert memory_bytes(os.getpid()) > 1_000_000
 
 
-def test_a_worker_counts_with_what_it_started() -> None:
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+def test_a_worker_counts_with_what_it_started_in_a_session_of_its_own() -> None:
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], start_new_session=True)"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, start_new_session=True) as child:
-        until(lambda: len(list(observe.session_members(child.pid))) == 2, "the grandchild to run")
-        alone = observe.memory_bytes(child.pid)
-        assert observe.session_memory_bytes(child.pid) > alone > 0
+        until(lambda: children(child.pid), "the grandchild to run")
+        alone = memory_bytes(child.pid)
+        assert family_memory_bytes(child.pid) > alone > 0
         child.communicate(b"\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
+import pytest
 from hive_rig import FakeQueen, StartHive, until
 
 from rbee.hive.report import Reporter
@@ -135,3 +137,11 @@ def test_a_report_tells_what_the_machine_has(start_hive: StartHive, queen: FakeQ
     assert report.devices[0].kind == "cpu"
     assert {"echo", "trial", "trial-lame"} <= {engine.name for engine in report.engines}
     assert {"rbee-demo", "echo", "trial"} <= {model.name for model in report.models}
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-option", "x" * 300, "a/b"])
+def test_a_report_of_a_hive_without_a_proper_name_is_none(name: str) -> None:
+    body = {"hive": name, "url": "http://127.0.0.1:1", "version": "0", "epoch": 1.0, "sequence": 1}
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.hive"):
+        msgspec.convert(body, HiveReport)
+    assert msgspec.convert({**body, "hive": "Mac-Studio.local"}, HiveReport).hive == "Mac-Studio.local"

@@ -89,3 +89,28 @@ def usage(output: int) -> dict[str, int]:
 
 def read(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line[5:]) for line in data.split(b"\n") if line.startswith(b"data:")]
+
+
+def test_a_message_that_a_stop_sequence_ended_says_so() -> None:
+    whole = {"type": "message", "content": [], "stop_reason": "end_turn", "stop_sequence": "into"}
+    body = json.loads(complete("/v1/messages", b"{}", json.dumps(whole).encode(), 7.0))
+    assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", "into")
+    for reason, sequence in (("end_turn", None), ("max_tokens", None), ("tool_use", "x")):
+        kept = {**whole, "stop_reason": reason, "stop_sequence": sequence}
+        body = json.loads(complete("/v1/messages", b"{}", json.dumps(kept).encode(), 7.0))
+        assert (body["stop_reason"], body["stop_sequence"]) == (reason, sequence)
+
+
+def test_a_streamed_message_says_it_too_and_passes_otherwise_as_it_came() -> None:
+    completed = events_of("/v1/messages", b"{}", lambda: 7.0)
+    assert completed
+    text = (
+        b'event: content_block_delta\ndata: {"type":"content_block_delta", "delta":{"text":"\\"stop_sequence\\""}}\n\n'
+    )
+    start = b'event: message_start\ndata: {"type": "message_start", "message": {"stop_sequence": null}}\n\n'
+    end = b'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reason":"%s","stop_sequence":%s}}\n\n'
+    assert completed(start + text) == start + text
+    assert completed(end % (b"end_turn", b"null")) == end % (b"end_turn", b"null")
+    assert completed(b"data: [DONE]\n\n") == b"data: [DONE]\n\n"
+    (_, last) = read(completed(text + end % (b"end_turn", b'"into"')))
+    assert last["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "into"}
