@@ -74,19 +74,23 @@ class Door:
 
 
 def hives(client: Client, step: Step = lambda text: None) -> list[HiveView]:
-    """Return the machines, waiting for the first one to report to a queen that has just started.
+    """Return the machines, waiting for the first one that reports to a queen that has just started.
 
     Raises: TimedOut when none does.
     """
     deadline = time.monotonic() + FIRST_REPORT_TIMEOUT_S
-    while not (known := client.get("/v1/hives", list[HiveView])):
+    while not any(hive.last_report_s >= 0 for hive in _hives(client)):
         step("waiting for the hive")
         if time.monotonic() > deadline:
             raise TimedOut(
                 f"No machine reported to the queen within {FIRST_REPORT_TIMEOUT_S:g} s", hint="rbee queen logs"
             )
         time.sleep(0.02)
-    return known
+    return _hives(client)
+
+
+def _hives(client: Client) -> list[HiveView]:
+    return client.get("/v1/hives", list[HiveView])
 
 
 def only_hive(client: Client, step: Step = lambda text: None) -> str:

@@ -10,9 +10,9 @@ from rbee.wire.fleet import Device, EngineReport, HiveView, ModelReport, Problem
 
 
 def show_hives(hives: Sequence[HiveView]) -> None:
-    """Print one line a machine."""
+    """Print one line a machine, with why one cannot be reached."""
     table(
-        ("hive", "state", "version", "devices", "models", "workers", "reported"),
+        ("hive", "state", "version", "devices", "models", "workers", "reported", "about"),
         (
             (
                 h.hive,
@@ -21,7 +21,8 @@ def show_hives(hives: Sequence[HiveView]) -> None:
                 devices(h.devices),
                 len(h.models),
                 len(h.workers),
-                f"{age(h.last_report_s)} ago",
+                f"{age(h.last_report_s)} ago" if h.last_report_s >= 0 else "never",
+                h.reason,
             )
             for h in hives
         ),

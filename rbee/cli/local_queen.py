@@ -23,9 +23,10 @@ from rbee.cli.queen_log import last_words, rotate
 from rbee.client import Client
 from rbee.errors import RbeeError, SetupProblem, TimedOut, Unreachable
 from rbee.paths import private, state_dir
-from rbee.wire.fleet import QueenRecord
+from rbee.wire.fleet import HiveView, QueenRecord
 
 START_TIMEOUT_S = 30.0
+HIVE_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 30.0
 TERM_TIMEOUT_S = 15.0
 KILL_TIMEOUT_S = 5.0
@@ -138,6 +139,21 @@ def start(options: Options, step: Step) -> tuple[QueenRecord, bool]:
         record_path().unlink(missing_ok=True)
         step("starting the queen")
         return _launch(options), True
+
+
+def await_hive(record: QueenRecord, step: Step) -> bool:
+    """Wait until this machine's hive has told the queen which engines it has; return False when it takes too long."""
+    step("waiting for this machine's hive")
+    deadline = time.monotonic() + HIVE_TIMEOUT_S
+    with contextlib.closing(Client(url_of(record), token=record.token)) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RbeeError):
+                known = client.get("/v1/hives", list[HiveView])
+                # Hives of the inventory are dialled by https.
+                if any(hive.engines and hive.url.startswith("http://") for hive in known):
+                    return True
+            time.sleep(0.02)
+    return False
 
 
 def stop(record: QueenRecord, step: Step) -> None:

@@ -67,12 +67,15 @@ def command() -> None:
 )
 @options
 def start(port: int | None, host: str | None, inventory: str | None, hive_port: int | None) -> None:
-    """Start the queen in the background and print its address."""
+    """Start the queen in the background and print its address, once it and this machine's hive are up."""
     asked = Options(port, host, hive_port, str(Path(inventory).absolute()) if inventory else None)
     with Waiting("starting the queen") as waiting:
         record, started = local_queen.start(asked, waiting.step)
+        reported = local_queen.await_hive(record, waiting.step)
     if not started:
         click.echo(f"The queen runs already (process {record.pid}).", err=True)
+    if not reported:
+        click.echo("This machine's hive has not reported yet; why is in: rbee queen logs", err=True)
     click.echo(f"{local_queen.url_of(record)}/v1")
 
 

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import falcon
+import gevent
 
 from rbee.errors import Busy, MethodNotAllowed, NotFound, RbeeError
-from rbee.queen import openai, orchestrator
+from rbee.queen import gitops, openai, orchestrator
 from rbee.queen.access import Access
 from rbee.queen.admission import Admission
 from rbee.queen.client_watch import ClientGone
 from rbee.queen.dispatch import Dispatch
 from rbee.queen.fleet import Fleet
+from rbee.queen.gitops import Gitops
+from rbee.queen.inventory import FollowedInventory
 from rbee.queen.jobs import Jobs
 from rbee.queen.keys import KeyStore
 from rbee.queen.loads import Loads
@@ -25,6 +28,7 @@ from rbee.queen.relay import Relay
 from rbee.queen.routing import Routing
 from rbee.queen.script import RoutingScript
 from rbee.queen.settings import Settings
+from rbee.queen.watching import CONNECTING_AT_ONCE, Watching
 from rbee.wire.errors import encode_error
 from rbee.wire.openai import REQUESTS
 
@@ -42,6 +46,8 @@ class Queen:
     admission: Admission
     jobs: Jobs
     metrics: Metrics
+    inventory: FollowedInventory
+    gitops: Gitops
     draining_since: Callable[[], float | None]
     started_at: float
     master_pid: int
@@ -71,8 +77,42 @@ def create_queen(settings: Settings, *, draining_since: Callable[[], float | Non
         ),
         metrics,
     )
+    inventory = FollowedInventory(
+        settings.inventory_dir, settings.identity_dir, settings.inventory_memory, optional=not settings.declared
+    )
+    reconciler = Gitops(settings.gitops)
+    metrics.show(inventory, reconciler)
     access = Access(settings, KeyStore(settings.keys_path))
-    return Queen(settings, fleet, script, access, admission, jobs, metrics, draining_since, time.time(), os.getppid())
+    return Queen(
+        settings=settings,
+        fleet=fleet,
+        script=script,
+        access=access,
+        admission=admission,
+        jobs=jobs,
+        metrics=metrics,
+        inventory=inventory,
+        gitops=reconciler,
+        draining_since=draining_since,
+        started_at=time.time(),
+        master_pid=os.getppid(),
+    )
+
+
+def follow_fleet(queen: Queen) -> None:
+    """Take up the hives that are known, and begin to follow the inventory and its hives."""
+    watching = Watching(queen.fleet)
+
+    def watch() -> None:
+        # A host with `HivePort none` runs no hive.
+        hosts = {host.name: host for host in queen.inventory.hosts if host.hive_port}
+        watching.follow(hosts, queen.inventory.identity)
+
+    gevent.get_hub().threadpool.maxsize = 2 * CONNECTING_AT_ONCE
+    gevent.spawn(queen.fleet.recall)
+    queen.inventory.look(first=True)
+    watch()
+    gevent.spawn(queen.inventory.run, watch)
 
 
 def create_app(queen: Queen) -> falcon.App[falcon.Request, falcon.Response]:
@@ -90,6 +130,9 @@ def create_app(queen: Queen) -> falcon.App[falcon.Request, falcon.Response]:
     app.add_route("/health", openai.Health(queen))
     app.add_route("/metrics", openai.MetricsPage(queen))
     app.add_route("/openapi.json", openai.Schema(queen))
+
+    app.add_route("/gitops/status", gitops.Status(queen))
+    app.add_route("/gitops/sync", gitops.Sync(queen))
 
     app.add_route("/v1/orchestrator/status", orchestrator.Status(queen))
     app.add_route("/v1/orchestrator/hive-report", orchestrator.Reports(queen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 from typing import TypeVar
 
 import falcon
@@ -22,10 +23,15 @@ T = TypeVar("T")
 
 def read(req: falcon.Request, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
     """Return the whole body. Raises: PayloadTooLarge, RequestTimeout."""
+    return b"".join(pieces(req, limit_bytes))
+
+
+def pieces(req: falcon.Request, limit_bytes: int) -> Iterator[bytes]:
+    """Yield the body as it comes. Raises: PayloadTooLarge, RequestTimeout."""
     if (req.content_length or 0) > limit_bytes:
         _linger(req)
         raise PayloadTooLarge(limit_bytes)
-    parts, size = [], 0
+    size = 0
     try:
         with Timeout(BODY_TIMEOUT_S):
             while data := req.stream.read(PIECE_BYTES):
@@ -33,11 +39,10 @@ def read(req: falcon.Request, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
                 if size > limit_bytes:
                     _linger(req)
                     raise PayloadTooLarge(limit_bytes)
-                parts.append(data)
+                yield data
     except Timeout:
         _hang_up(req)
         raise RequestTimeout(f"The request's body did not arrive within {BODY_TIMEOUT_S:g} s") from None
-    return b"".join(parts)
 
 
 def read_json(req: falcon.Request, type_: type[T]) -> T:

@@ -6,15 +6,19 @@ import logging
 import time
 from collections.abc import Sequence
 
-from gevent import spawn
+from gevent import sleep, spawn
 
 from rbee.errors import LoadFailed, Lost, RbeeError, TimedOut, Unreachable, WorkerLost
-from rbee.queen.fleet import Candidate, Fleet, Worker
+from rbee.queen.fleet import Fleet
+from rbee.queen.hives import Worker
 from rbee.queen.job import Exchange, Job
 from rbee.queen.loads import Loads
-from rbee.wire.fleet import HiveReport
+from rbee.queen.places import Candidate
+from rbee.wire.fleet import WorkerState
 
 log = logging.getLogger("rbee.queen.dispatch")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 
 
 class Dispatch:
@@ -70,19 +74,36 @@ class Dispatch:
         return Exchange(worker, candidate, answer)
 
     def _suspect(self, worker: Worker, problem: Lost) -> None:
-        """Take a worker that broke a connection out of routing, and ask its hive what became of it."""
-        if isinstance(problem, TimedOut):
+        """Take a worker that broke a connection out of routing, and find out what became of it."""
+        if isinstance(problem, TimedOut) or worker.lost:
             return
         worker.lost = True
-        spawn(self._ask_hive, worker)
+        spawn(self._find_out, worker)
 
-    def _ask_hive(self, worker: Worker) -> None:
+    def _find_out(self, worker: Worker) -> None:
+        """Ask its hive, then the worker itself until it answers or its hive tells of its end."""
         try:
-            hive = self._fleet.hive(worker.hive)
-            self._fleet.learn(hive.client.get("/v1/hive", HiveReport, timeout_s=2.0))
+            self._fleet.look(worker.hive, timeout_s=2.0)
         except RbeeError as problem:
             log.warning("hive %s: %s", worker.hive, problem)
             self._fleet.forget_unreachable(worker.hive)
+        pause_s = FIRST_PAUSE_S
+        while self._fleet.has(worker) and worker.report.state is WorkerState.READY:
+            if _healthy(worker):
+                worker.lost = False
+                self._fleet.announce()
+                return
+            sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _healthy(worker: Worker) -> bool:
+    try:
+        answer = worker.front.request("GET", "/health", timeout_s=2.0)
+        answer.read(1_000_000, timeout_s=2.0)
+    except (RbeeError, ValueError):
+        return False
+    return answer.status == 200
 
 
 def _smooth(old: float, new: float) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from rbee.http.upstream import Answer
 from rbee.queen.access import Caller
 from rbee.queen.client_watch import ClientWatch
-from rbee.queen.fleet import Candidate, Worker
+from rbee.queen.hives import Worker
+from rbee.queen.places import Candidate
 from rbee.wire.openai import InferenceRequest
 
 TYPES = {"chat": "text-gen", "completion": "text-gen", "embedding": "embedding", "rerank": "rerank"}

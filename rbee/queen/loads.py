@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import gevent
 from gevent.event import Event
 
-from rbee.errors import LoadFailed, RbeeError, TimedOut
-from rbee.queen.fleet import Candidate, Fleet, Worker
+from rbee.errors import LoadFailed, NotFound, RbeeError, TimedOut, Unreachable
+from rbee.queen.fleet import Fleet
+from rbee.queen.hives import Hive, Worker
 from rbee.queen.job import Job
-from rbee.wire.fleet import HiveReport, SpawnWorker, WorkerReport, WorkerState
+from rbee.queen.places import Candidate
+from rbee.wire.fleet import SpawnWorker, WorkerReport, WorkerState
 
 log = logging.getLogger("rbee.queen.loads")
 
@@ -77,7 +79,7 @@ class Loads:
         deadline = time.monotonic() + self._timeout_s
         while time.monotonic() < deadline:
             changed = self._fleet.changed
-            worker = self._fleet.hive(hive_name).workers.get(started.name)
+            worker = self._hive(hive_name).workers.get(started.name)
             # What is known may be an earlier worker of this name, until the hive reports this one.
             if worker is not None and worker.report.started_at >= started.started_at:
                 if worker.ready:
@@ -88,6 +90,16 @@ class Loads:
                 self._look(hive_name)
         raise TimedOut(f"{hive_name}/{started.name} was not ready within {self._timeout_s:g} s")
 
+    def _hive(self, name: str) -> Hive:
+        """Return a hive, which may have gone or left the inventory since it began to load. Raises: Unreachable."""
+        try:
+            hive = self._fleet.hive(name)
+        except NotFound as problem:
+            raise Unreachable(problem.message) from None
+        if hive.away:
+            raise Unreachable(f"The hive {name} went away while it loaded a model")
+        return hive
+
     def _look(self, hive_name: str) -> None:
         """Ask a hive that has been silent; a report may have been lost."""
-        self._fleet.learn(self._fleet.hive(hive_name).client.get("/v1/hive", HiveReport))
+        self._fleet.look(hive_name)

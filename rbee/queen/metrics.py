@@ -11,12 +11,15 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from rbee import __version__
-from rbee.errors import RbeeError
+from rbee.errors import RbeeError, SetupProblem
+from rbee.wire.gitops import GitopsState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rbee.queen.fleet import Fleet
+    from rbee.queen.gitops import Gitops
+    from rbee.queen.inventory import FollowedInventory
     from rbee.queen.job import Job
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -58,6 +61,11 @@ class Metrics:
             1
         )
         self.registry.register(_FleetCollector(fleet))
+
+    def show(self, inventory: FollowedInventory, gitops: Gitops) -> None:
+        """Also tell of the inventory and of the reconciler."""
+        self.registry.register(_InventoryCollector(inventory))
+        self.registry.register(_GitopsCollector(gitops))
 
     def started(self, job: Job) -> None:
         """Count a job in."""
@@ -109,6 +117,8 @@ class _FleetCollector(Collector):
             "rbee_worker_state", "1 for the state a worker is in.", labels=["hive", "worker", "model", "state"]
         )
         busy = GaugeMetricFamily("rbee_worker_jobs", "Jobs at a worker.", labels=["hive", "worker", "model"])
+        for name in self._fleet.watched.keys() - self._fleet.hives.keys():
+            hives.add_metric([name], 0)
         for name, hive in self._fleet.hives.items():
             hives.add_metric([name], 0 if hive.lost else 1)
             for worker in hive.workers.values():
@@ -116,3 +126,50 @@ class _FleetCollector(Collector):
                 workers.add_metric([*labels, str(worker.report.state)], 1)
                 busy.add_metric(labels, worker.in_flight)
         yield from (hives, workers, busy)
+
+
+class _InventoryCollector(Collector):
+    """Tells whether the inventory on disk is the one in force."""
+
+    def __init__(self, inventory: FollowedInventory) -> None:
+        self._inventory = inventory
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily(
+            "rbee_inventory_valid", "0 while the inventory on disk has mistakes.", value=int(self._inventory.valid)
+        )
+        yield GaugeMetricFamily(
+            "rbee_inventory_hosts", "Hosts of the inventory in force.", value=len(self._inventory.hosts)
+        )
+
+
+class _GitopsCollector(Collector):
+    """Reads what the reconciler wrote when Prometheus asks; without one there is nothing to tell."""
+
+    def __init__(self, gitops: Gitops) -> None:
+        self._gitops = gitops
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        failing = GaugeMetricFamily("rbee_gitops_failing", "1 while the reconciler cannot do its work.")
+        try:
+            status = self._gitops.status()
+        except SetupProblem:
+            failing.add_metric([], 1)
+            yield failing
+            return
+        if status is None:
+            return
+        failing.add_metric([], int(status.state is GitopsState.FAILED))
+        success = GaugeMetricFamily(
+            "rbee_gitops_last_success_timestamp_seconds",
+            "When every host was last seen to have the wanted revision.",
+            value=status.applied_at,
+        )
+        checked = GaugeMetricFamily(
+            "rbee_gitops_last_check_timestamp_seconds", "When the reconciler last looked.", value=status.checked_at
+        )
+        info = GaugeMetricFamily(
+            "rbee_gitops_info", "The revisions and the state.", labels=["revision", "wanted", "state"]
+        )
+        info.add_metric([status.revision, status.wanted, status.state], 1)
+        yield from (failing, success, checked, info)

@@ -18,6 +18,7 @@ from rbee.wire.fleet import (
     SpawnWorker,
     WorkerReport,
 )
+from rbee.wire.gitops import GitopsView
 from rbee.wire.openai import REQUESTS, InferenceRequest, ModelCard, ModelList
 
 Json = dict[str, Any]
@@ -69,6 +70,7 @@ def document() -> Json:
         ModelList,
         ModelCard,
         QueenStatus,
+        GitopsView,
         HiveView,
         HiveReport,
         WorkerReport,
@@ -168,6 +170,8 @@ def _control(refs: dict[type, Json], error: Json) -> Json:
         }
     ]
     return {
+        "/gitops/status": {"get": answers(GitopsView)},
+        "/gitops/sync": {"post": answers({"type": "object"}, "202")},
         "/v1/orchestrator/status": {"get": answers(QueenStatus)},
         "/v1/orchestrator/hive-report": {"post": answers({"type": "object"}, schema=refs[HiveReport])},
         "/v1/orchestrator/worker-ready": {"post": answers({"type": "object"}, schema=refs[WorkerReport])},

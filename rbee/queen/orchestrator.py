@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import msgspec
 from rbee import __version__
 from rbee.errors import RbeeError
 from rbee.queen import body
+from rbee.queen.watched import HiveState
 from rbee.wire.fleet import AddModel, HiveReport, ModelReport, Problem, QueenStatus, SpawnWorker, WorkerReport
 
 if TYPE_CHECKING:
@@ -58,9 +60,13 @@ def _problems(queen: Queen) -> list[Problem]:
     problems = []
     if queen.script.error:
         problems.append(Problem(where="scheduler", message=queen.script.error))
-    for name, hive in sorted(queen.fleet.hives.items()):
-        if hive.lost:
-            problems.append(Problem(where=name, message="This hive does not report any more"))
+    problems += [msgspec.structs.replace(one, since=queen.inventory.since) for one in queen.inventory.mistakes]
+    for view in queen.fleet.views():
+        if view.state == HiveState.UNREACHABLE:
+            problems.append(Problem(where=view.hive, message=view.reason, since=view.since))
+        elif view.state == "lost":
+            problems.append(Problem(where=view.hive, message="This hive does not report any more"))
+    for _, hive in sorted(queen.fleet.hives.items()):
         for worker in hive.workers.values():
             if worker.report.reason:
                 problems.append(Problem(where=worker.id, message=worker.report.reason, since=worker.report.since))
@@ -99,7 +105,7 @@ class Shutdown(Resource):
 
 
 class Hives(Resource):
-    """Every hive that reported."""
+    """Every hive that reported, and every host of the inventory."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._queen.access.operator(req.env)
@@ -119,11 +125,8 @@ class HiveCall(Resource):
             self._look(hive)
 
     def _look(self, name: str) -> None:
-        try:
-            hive = self._queen.fleet.hive(name)
-            self._queen.fleet.learn(hive.client.get("/v1/hive", HiveReport))
-        except RbeeError:
-            pass  # the call's own error says more
+        with contextlib.suppress(RbeeError):  # the call's own error says more
+            self._queen.fleet.look(name)
 
 
 class Workers(HiveCall):

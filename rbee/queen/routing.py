@@ -8,8 +8,9 @@ import gevent
 from gevent.event import Event
 
 from rbee.errors import Busy, NotFound, NotSupported, UnknownModel
-from rbee.queen.fleet import Candidate, Fleet
+from rbee.queen.fleet import Fleet
 from rbee.queen.job import Job
+from rbee.queen.places import Candidate
 from rbee.queen.script import RoutingScript
 
 
@@ -24,7 +25,7 @@ class Routing:
     def rank(self, job: Job) -> list[Candidate]:
         """Return the chosen places, the first choice first.
 
-        Raises: UnknownModel, NotSupported, Busy when no place was chosen within the limit, ClientGone.
+        Raises: UnknownModel, NotSupported, ClientGone, Busy when no place can be reached or was chosen in time.
         """
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -40,7 +41,7 @@ class Routing:
         request = job.request
         try:
             return self._fleet.candidates(request.model, request.capability, request.needs(), job.hive_wish)
-        except (UnknownModel, NotSupported, NotFound):
+        except (UnknownModel, NotSupported, NotFound, Busy):
             if self._fleet.settled:
                 raise
             return []
@@ -80,8 +81,8 @@ def record(place: Candidate) -> dict[str, object]:
         "ttft_ms": worker.ttft_ms if worker else 0.0,
         "loaded": bool(worker and worker.ready),
         "state": str(worker.report.state) if worker else "stopped",
-        "region": "",
-        "tags": [],
+        "region": place.region,
+        "tags": list(place.tags),
         "price": 0.0,
         "prefix_match": 0.0,
     }

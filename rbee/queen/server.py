@@ -9,7 +9,6 @@ replaced costs no loaded model.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -31,11 +30,12 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.ggevent import GeventWorker
 
 from rbee import __version__, paths
-from rbee.errors import InvalidInput, PortInUse, RbeeError, SetupProblem
+from rbee.errors import PortInUse, RbeeError, SetupProblem
 from rbee.lifeline import die_with_parent
+from rbee.notify import Notifier
+from rbee.queen.arguments import parse, settings_of
 from rbee.queen.hive_process import HiveProcess
 from rbee.queen.settings import Settings
-from rbee.tokens import shared_token
 from rbee.wire.fleet import QueenRecord
 
 log = logging.getLogger("rbee.queen")
@@ -47,12 +47,12 @@ EPHEMERAL_PREFIX = "rbee-ephemeral-"
 def main() -> None:
     """Run the queen in this process until it is told to stop."""
     master_pid = os.getpid()
-    arguments = _arguments(sys.argv[1:])
+    arguments = parse(sys.argv[1:])
     # Until gunicorn listens to signals, one must unwind the stack, so that an ephemeral home does not stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     die_with_parent(arguments.parent, signal.SIGTERM)
     try:
-        run(_settings(arguments))
+        run(settings_of(arguments))
     except RbeeError as problem:
         print(f"rbee: {problem}", file=sys.stderr)
         sys.exit(problem.exit_code)
@@ -75,6 +75,9 @@ class QueenApplication(BaseApplication):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._boots = os.pipe()
+        for end in self._boots:
+            os.set_blocking(end, False)
         super().__init__()
 
     def load_config(self) -> None:
@@ -95,17 +98,31 @@ class QueenApplication(BaseApplication):
             "limit_request_fields": 64,
             "loglevel": "warning",
             "proc_name": "rbee-queen",
+            "post_worker_init": self.booted,
         }
         for name, value in values.items():
             self.cfg.set(name, value)
 
     def load(self) -> Any:
         """Make the application. Called in the server process, after the fork."""
-        from rbee.queen.app import create_app, create_queen
+        from rbee.queen.app import create_app, create_queen, follow_fleet
 
         queen = create_queen(self.settings, draining_since=ServerProcess.draining_since)
-        gevent.spawn(queen.fleet.recall)
+        follow_fleet(queen)
         return create_app(queen)
+
+    def booted(self, process: Any) -> None:
+        """Tell the master that this server process answers. gunicorn calls it there."""
+        os.write(self._boots[1], b".")
+        # It wakes the master, which looks whether a child has ended, and else would look once a second.
+        os.kill(process.ppid, signal.SIGCHLD)
+
+    def has_booted(self) -> bool:
+        """Return True in the master, once, when a server process has come to answer."""
+        try:
+            return bool(os.read(self._boots[0], 4096))
+        except BlockingIOError:
+            return False
 
 
 class QueenArbiter(Arbiter):
@@ -117,6 +134,8 @@ class QueenArbiter(Arbiter):
     def __init__(self, app: QueenApplication) -> None:
         self._application = app
         self._hive: HiveProcess | None = None
+        # gunicorn says that it is ready when it listens, before anything can answer; its children are not the service.
+        self._service = Notifier.from_environment()
         super().__init__(app)
 
     def start(self) -> None:
@@ -137,9 +156,13 @@ class QueenArbiter(Arbiter):
         super().manage_workers()
         if self._hive is not None:
             self._hive.keep()
+        if self._application.has_booted():
+            settings = self._application.settings
+            self._service.send("READY=1", f"STATUS=Serving on {settings.host}:{settings.port}")
 
     def stop(self, graceful: bool = True) -> None:
         """Let the jobs end first, then the hive with its workers."""
+        self._service.send("STOPPING=1", "STATUS=Waiting for running jobs to end")
         super().stop(graceful)
         if self._hive is not None:
             self._hive.stop()
@@ -212,45 +235,6 @@ class ServerProcess(GeventWorker):
             head = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self.log.debug("refused a request from %s: %r", addr, problem)
-
-
-def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="queen-rbee", description="The queen: one OpenAI-compatible endpoint.")
-    parser.add_argument("command", choices=["run"], help="run in the foreground")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7833, help="port (default 7833; 0: any free one)")
-    parser.add_argument("--hive-port", type=int, default=7835, help="port of this machine's hive")
-    parser.add_argument("--no-hive", action="store_true", help="keep no hive on this machine")
-    parser.add_argument("--require-key", action="store_true", help="ask for an API key on the loopback address, too")
-    parser.add_argument("--inventory", type=Path, help="folder with scheduler.rhai")
-    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def _settings(arguments: argparse.Namespace) -> Settings:
-    for name in ("port", "hive_port"):
-        if not 0 <= getattr(arguments, name) <= 65535:
-            raise InvalidInput(f"--{name.replace('_', '-')} must be between 0 and 65535")
-    if arguments.inventory is not None and not arguments.inventory.is_dir():
-        raise InvalidInput(f"The inventory {arguments.inventory} is no folder")
-    try:
-        state = paths.private(paths.state_dir())
-    except OSError as problem:
-        raise SetupProblem(f"Cannot use the state folder {paths.state_dir()} ({problem.strerror})") from None
-    return Settings(
-        host=arguments.host,
-        port=arguments.port,
-        hive_port=arguments.hive_port,
-        run_hive=not arguments.no_hive,
-        inventory=arguments.inventory.absolute() if arguments.inventory else None,
-        state_dir=state,
-        parent_pid=arguments.parent,
-        ephemeral=arguments.ephemeral,
-        require_key=arguments.require_key,
-        hive_token=shared_token(state / "hive.token"),
-        drain_s=5.0 if arguments.ephemeral else 30.0,
-    )
 
 
 def _check_port(settings: Settings) -> None:

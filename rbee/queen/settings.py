@@ -15,6 +15,7 @@ class Settings:
 
     `load_timeout_s` bounds the start of a worker, `first_byte_timeout_s` the wait for an answer to begin,
     `silence_timeout_s` the gap between two pieces of one, `drain_s` how long streams may go on after a SIGTERM.
+    `declared` is True for a queen that `rbee apply` set up: her inventory must be there.
     """
 
     host: str = "127.0.0.1"
@@ -22,6 +23,9 @@ class Settings:
     hive_port: int = 7835
     run_hive: bool = True
     inventory: Path | None = None
+    identity: Path | None = None
+    gitops: Path | None = None
+    declared: bool = False
     state_dir: Path = field(default_factory=paths.state_dir)
     config_dir: Path = field(default_factory=paths.config_dir)
     parent_pid: int = 0
@@ -38,9 +42,19 @@ class Settings:
     drain_s: float = 30.0
 
     @property
+    def inventory_dir(self) -> Path:
+        """Return the folder of the inventory, whether it exists or not."""
+        return self.inventory or self.config_dir
+
+    @property
+    def identity_dir(self) -> Path:
+        """Return the folder of the fleet's key and authority."""
+        return self.identity or self.inventory_dir / ".rbee"
+
+    @property
     def script_path(self) -> Path:
         """Return where the person's routing script lies, whether it exists or not."""
-        return (self.inventory or self.config_dir) / "scheduler.rhai"
+        return self.inventory_dir / "scheduler.rhai"
 
     @property
     def keys_path(self) -> Path:
@@ -51,3 +65,8 @@ class Settings:
     def fleet_path(self) -> Path:
         """Return the file that remembers which hives reported, for a queen that starts again."""
         return self.state_dir / "fleet.json"
+
+    @property
+    def inventory_memory(self) -> Path:
+        """Return the file that remembers the last good inventory."""
+        return self.state_dir / "inventory.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -34,9 +35,9 @@ class RunningQueen:
     record: QueenRecord
     log: list[str]
 
-    @property
+    @functools.cached_property
     def client(self) -> Client:
-        """Return a client with the operator's token."""
+        """Return a client with the operator's token; it is closed with the queen."""
         return Client(self.url, token=self.record.token, timeout_s=30.0)
 
     def status(self) -> QueenStatus:
@@ -57,7 +58,7 @@ class RunningQueen:
 def running_queen(
     *arguments: str, home: Path | None = None, env: dict[str, str] | None = None
 ) -> Iterator[RunningQueen]:
-    """Start `python -m rbee.queen run` with a hive, wait until the hive has reported its engines, and end both.
+    """Start `python -m rbee.queen run`, wait until her own hive, if any, has reported its engines, and end both.
 
     Raises: RuntimeError with the queen's log when it does not start.
     """
@@ -72,7 +73,9 @@ def running_queen(
         reader = threading.Thread(target=_read, args=(process, log), daemon=True)
         reader.start()
         try:
-            yield _wait(where, process, log)
+            queen = _wait(where, process, log)
+            with contextlib.closing(queen.client):
+                yield queen
         finally:
             end(process)
             reader.join(10)
@@ -130,7 +133,8 @@ def _wait(home: Path, process: subprocess.Popen[str], log: list[str]) -> Running
             queen = RunningQueen(home, line.split()[-1], process, record, log)
             with contextlib.suppress(RbeeError):
                 status = queen.status()
-                if "--no-hive" in process.args or (status.hives and status.hives[0].engines):  # type: ignore[operator]
+                alone = {"--no-hive", "--settings"} & set(process.args)  # type: ignore[arg-type]
+                if alone or any(hive.engines for hive in status.hives):
                     return queen
         time.sleep(0.02)
     end(process)

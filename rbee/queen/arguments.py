@@ -1,0 +1,80 @@
+"""What the queen is told at her start: options of a person, or the file that `rbee apply` wrote."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rbee import paths
+from rbee.errors import InvalidInput, SetupProblem
+from rbee.queen.settings import Settings
+from rbee.tokens import shared_token
+from rbee.wire.settings import QueenSettings, read_settings, secret_path
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return what stands on the command line; it ends the program when that is wrong."""
+    parser = argparse.ArgumentParser(prog="queen-rbee", description="The queen: one OpenAI-compatible endpoint.")
+    parser.add_argument("command", choices=["run"], help="run in the foreground")
+    parser.add_argument("--settings", type=Path, help="a file that `rbee apply` wrote; it stands for all other options")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7833, help="port (default 7833; 0: any free one)")
+    parser.add_argument("--hive-port", type=int, default=7835, help="port of this machine's hive")
+    parser.add_argument("--no-hive", action="store_true", help="keep no hive on this machine")
+    parser.add_argument("--require-key", action="store_true", help="ask for an API key on the loopback address, too")
+    parser.add_argument(
+        "--inventory", type=Path, help="folder with *.conf and scheduler.rhai (default: the person's own)"
+    )
+    parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Return the settings that a command line stands for. Raises: InvalidInput, SetupProblem."""
+    for name in ("port", "hive_port"):
+        if not 0 <= getattr(arguments, name) <= 65535:
+            raise InvalidInput(f"--{name.replace('_', '-')} must be between 0 and 65535")
+    if arguments.inventory is not None and not arguments.inventory.is_dir():
+        raise InvalidInput(f"The inventory {arguments.inventory} is no folder")
+    if arguments.settings is not None:
+        return _declared(read_settings(arguments.settings, QueenSettings), arguments.parent)
+    state = _state_dir()
+    return Settings(
+        host=arguments.host,
+        port=arguments.port,
+        hive_port=arguments.hive_port,
+        run_hive=not arguments.no_hive,
+        inventory=arguments.inventory.absolute() if arguments.inventory else None,
+        state_dir=state,
+        parent_pid=arguments.parent,
+        ephemeral=arguments.ephemeral,
+        require_key=arguments.require_key,
+        hive_token=shared_token(state / "hive.token"),
+        drain_s=5.0 if arguments.ephemeral else 30.0,
+    )
+
+
+def _declared(told: QueenSettings, parent_pid: int) -> Settings:
+    """Return the settings of a queen that `rbee apply` set up: she keeps no hive, every one is in the inventory."""
+    state = _state_dir()
+    return Settings(
+        host=told.host,
+        port=told.port,
+        run_hive=False,
+        inventory=Path(told.inventory),
+        identity=secret_path(told.identity),
+        gitops=Path(told.gitops) if told.gitops else None,
+        declared=True,
+        state_dir=state,
+        parent_pid=parent_pid,
+        require_key=told.require_key,
+        hive_token=shared_token(state / "hive.token"),
+    )
+
+
+def _state_dir() -> Path:
+    try:
+        return paths.private(paths.state_dir())
+    except OSError as problem:
+        raise SetupProblem(f"Cannot use the state folder {paths.state_dir()} ({problem.strerror})") from None
