@@ -9,8 +9,8 @@ import pytest
 
 from rbee.queen.access import LOCAL
 from rbee.queen.client_watch import ClientWatch
-from rbee.queen.fleet import Candidate
 from rbee.queen.job import Job
+from rbee.queen.places import Candidate
 from rbee.queen.routing import record
 from rbee.queen.script import compile_script
 from rbee.wire.fleet import EngineReport, ModelReport

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["rbee", "plugins", "tests", "bench", "training", "rhai-py/python"]
+SOURCES = ["rbee", "deploys", "plugins", "tests", "bench", "training", "rhai-py/python"]
 
 
 def run(*command: str, **variables: str) -> None:
@@ -41,11 +41,12 @@ FOLDERS = [str(path.relative_to(ROOT)) for place in ("tests", "plugins") for pat
            if path.is_dir() and path.name not in ("__pycache__", "data")]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["rbee", "bench", *FOLDERS])
+@pytest.mark.parametrize("what", ["rbee", "deploys", "bench", *FOLDERS])
 def test_types(what: str) -> None:
     # Tests import what lies beside them.
     beside = ROOT / what / "tests" if (ROOT / what / "tests").is_dir() else ROOT / what
-    run(tool("mypy"), what, MYPYPATH="" if what in ("rbee", "bench") else str(beside))
+    known = {"rbee": "", "deploys": "", "bench": str(ROOT / "tests" / "hosts")}
+    run(tool("mypy"), what, MYPYPATH=known.get(what, f"{beside}:{ROOT / 'tests'}"))
 
 
 def test_imports_go_one_way() -> None:

@@ -69,6 +69,7 @@ def _page() -> Iterator[str]:
     yield "## Exit codes\n\n| code | meaning |\n|---|---|"
     yield from (f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     yield "\n`rbee doctor` ends with 1 when a check fails; `rbee proof verify` is told of below."
+    yield "`rbee plan`, `drift`, `apply`, `rollback` and `status` say more by theirs: [apply](apply.md#exit-codes)."
     yield "A reader that stops early (`rbee infer … | head -1`) is no error.\n"
     yield "## Environment\n\n| variable | what it does |\n|---|---|"
     yield from (f"| `{name.replace(', ', '`, `')}` | {meaning} |" for name, meaning in ENVIRONMENT.items())

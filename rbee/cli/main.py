@@ -17,11 +17,25 @@ SECTIONS = {
     "Run": {
         "infer": Lazy("rbee.cli.infer", "Ask a model and stream its answer."),
     },
+    "Apply": {
+        "plan": Lazy("rbee.cli.plan", "Show what an apply would add, change and remove."),
+        "apply": Lazy("rbee.cli.apply", "Bring every machine of an inventory to what it says."),
+        "drift": Lazy("rbee.cli.drift", "Show what was changed on the machines by hand."),
+        "rollback": Lazy("rbee.cli.rollback", "Bring machines back to what an earlier apply brought them to."),
+        "history": Lazy("rbee.cli.history", "Show what was applied, and what can be gone back to."),
+        "status": Lazy("rbee.cli.status", "Show every machine of the inventory, its services and workers."),
+        "gitops": Lazy("rbee.cli.gitops", "Keep the machines as a git repository says."),
+        "logs": Lazy("rbee.cli.logs", "Show what a machine's services wrote."),
+        "ssh": Lazy("rbee.cli.ssh", "Log in to a machine of the inventory, or run a command there."),
+        "forget": Lazy("rbee.cli.forget", "Remove everything of rbee from a machine, or from what is known here."),
+    },
     "Manage": {
         "queen": Lazy("rbee.cli.queen", "Start, stop and look at the queen, which serves the API."),
-        "hive": Lazy("rbee.cli.hive", "Look at the machines, or run a hive on this one."),
+        "hive": Lazy("rbee.cli.hive", "Install a hive on a machine, look at the machines, or run a hive on this one."),
         "worker": Lazy("rbee.cli.worker", "Start, stop and look at workers: one process, one model."),
         "model": Lazy("rbee.cli.model", "List, add and remove model files."),
+        "inventory": Lazy("rbee.cli.inventory", "Check and show the files that say which machines there are."),
+        "hosts": Lazy("rbee.cli.hosts", "List the machines of the inventory, and say whose host keys are trusted."),
         "key": Lazy("rbee.cli.key", "Make and revoke API keys."),
     },
     "Look": {

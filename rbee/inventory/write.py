@@ -18,7 +18,9 @@ def inventory_text(fleet: Fleet) -> str:
 
 
 def _host_text(host: Host) -> str:
-    lines = [f"Host {host.name}", f"    HostName {_quoted(host.hostname.replace(chr(37), chr(37) * 2))}", f"    HivePort {host.hive_port}"]
+    # In HostName a `%` begins a token (ssh_config(5)).
+    name = _quoted(host.hostname.replace("%", "%%"))
+    lines = [f"Host {host.name}", f"    HostName {name}", f"    HivePort {host.hive_port or 'none'}"]
     if host.queen_port:
         lines.append(f"    QueenPort {host.queen_port}")
     if host.region:

@@ -11,7 +11,6 @@ import pytest
 from cli_rig import Person
 
 import rbee
-from rbee.testing.programs import until
 
 DEMO = Path(rbee.__file__).parent / "models" / "rbee-demo.gguf"
 
@@ -110,8 +109,6 @@ def test_a_file_that_is_no_model_is_refused(person: Person, kind: str) -> None:
 
 def test_the_machines(person: Person) -> None:
     person.rbee("queen", "start")
-    # A hive that has just started reports once more when it has listed its engines.
-    until(lambda: "xllamacpp" in person.rbee("hive", "status").stdout, "the hive to list its engines")
     (hive,) = json.loads(person.rbee("hive", "list", "--json").stdout)
     assert hive["devices"][0]["kind"] == "cpu"
     shown = person.rbee("hive", "status", hive["hive"]).stdout
@@ -206,11 +203,10 @@ def test_what_is_completed(person: Person) -> None:
         asked = {"_RBEE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
         return person.rbee(**asked).stdout.split()
 
-    assert complete("rbee in") == ["plain,infer"]
+    assert complete("rbee inf") == ["plain,infer"]
     assert complete("rbee queen sta") == ["plain,start", "plain,status"]
     assert complete("rbee infer -m rbee") == []
     person.rbee("queen", "start")
-    until(lambda: complete("rbee infer -m rbee"), "the hive to report its models")
     assert complete("rbee infer -m rbee") == ["plain,rbee-demo"]
 
 

@@ -58,8 +58,6 @@ def test_an_unknown_machine(person: Person) -> None:
 
 def test_a_machine_by_name(person: Person) -> None:
     person.rbee("queen", "start")
-    # The hive reports a moment after the queen answers.
-    wait_until(lambda: json.loads(person.rbee("hive", "list", "--json").stdout), "the hive reports")
     hive = json.loads(person.rbee("hive", "list", "--json").stdout)[0]["hive"]
     done = person.rbee("infer", "--json", "-q", "-a", hive, "-m", "echo", "-p", "Hi")
     assert json.loads(done.stdout)["worker"].startswith(f"{hive}/")

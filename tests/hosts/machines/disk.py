@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -68,7 +69,8 @@ class Disk:
         """Use the disk up but for `leave_bytes`, by a file that the machine cannot see."""
         self.free()
         wanted = shutil.disk_usage(self.store).free - leave_bytes
-        with (self.store / "filler").open("wb") as filler:
+        # What is free may be used up by the machine meanwhile.
+        with contextlib.suppress(OSError), (self.store / "filler").open("wb") as filler:
             if wanted > 0:
                 os.posix_fallocate(filler.fileno(), 0, wanted)
 

@@ -1,0 +1,1 @@
+"""rbee apply against ansible-playbook and the pyinfra command, on real hosts."""

@@ -1,0 +1,1 @@
+"""pyinfra deploys, one a role. They read host.data and decide nothing."""

@@ -1,0 +1,142 @@
+"""Carries plans out with pyinfra. The one file that touches `pyinfra.api`, and a short-lived process of its own:
+pyinfra's templates, host keys and state belong to a process, and it needs gevent's patches before any other import.
+
+`python -m rbee.apply.engine` reads batches of plans from standard input, one JSON document a line, and writes what
+happens to standard output, one JSON event a line.
+"""
+
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import contextlib  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import msgspec  # noqa: E402
+from pyinfra.api import Config, Inventory, State  # noqa: E402
+from pyinfra.api.connect import connect_all  # noqa: E402
+from pyinfra.api.exceptions import PyinfraError  # noqa: E402
+from pyinfra.api.operations import run_host_op  # noqa: E402
+from pyinfra.api.state import StateStage  # noqa: E402
+from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state  # noqa: E402
+
+from rbee.apply.batch import Batch, Member, decode  # noqa: E402
+from rbee.apply.connector import PREPARED  # noqa: E402
+from rbee.apply.ssh import Ssh  # noqa: E402
+from rbee.apply.templates import shipped  # noqa: E402
+from rbee.lifeline import die_with_parent  # noqa: E402
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+def main() -> None:
+    """Carry out one batch after the other until the input ends."""
+    logging.getLogger("pyinfra").setLevel(logging.CRITICAL + 1)
+    # Ctrl+C goes to the whole group: the controller decides what becomes of this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(os.getppid(), signal.SIGKILL)
+    output = os.dup(1)
+    os.dup2(2, 1)  # pyinfra and its libraries may print; the events have this descriptor to themselves
+
+    def emit(host: str, event: dict[str, Any]) -> None:
+        data = msgspec.json.encode({"host": host, **event}) + b"\n"
+        with contextlib.suppress(OSError):  # the controller is gone
+            while data:
+                data = data[os.write(output, data) :]
+
+    for line in sys.stdin.buffer:
+        carry_out(decode(line), emit)
+        emit("", {"event": "batch-done"})
+
+
+def carry_out(batch: Batch, emit: Emit) -> None:
+    """Connect, prepare and execute, each host by itself: one that fails or hangs holds up no other."""
+    PREPARED.clear()
+    ssh = Ssh(Path(batch.ssh_config), sockets=Path(batch.sockets))
+    others = {member.host.name: member.host for member in batch.members} | {h.name: h for h in batch.holders}
+    for member in batch.members:
+        PREPARED[member.host.name] = _data(member, ssh, others, emit)
+    inventory = Inventory(([f"@rbee/{name}" for name in PREPARED], {}))
+    state = State(inventory, Config(CONNECT_TIMEOUT=batch.connect_limit_s), check_for_changes=False)
+    state.cwd = str(shipped("deploys").parent)
+    ctx_state.set(state)
+    ctx_inventory.set(inventory)
+    ctx_config.set(state.config.copy())
+    _connect(state, emit)
+    _prepare_and_execute(state, emit)
+    for host in list(state.activated_hosts):
+        host.disconnect()
+
+
+def _data(member: Member, ssh: Ssh, others: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    name = member.host.name
+    return {
+        "rbee_host": member.host,
+        "rbee_hosts": others,
+        "rbee_plan": member.plan,
+        "rbee_ssh": ssh,
+        "rbee_event": lambda event: emit(name, event),
+    }
+
+
+def _connect(state: State, emit: Emit) -> None:
+    state.set_stage(StateStage.Connect)
+    with contextlib.suppress(PyinfraError):  # "No hosts remaining!" is told for each of them
+        connect_all(state)
+    for host in state.inventory:
+        if host not in state.activated_hosts:
+            emit(host.name, {"event": "result", "ok": False, "reachable": False})
+
+
+def _prepare_and_execute(state: State, emit: Emit) -> None:
+    state.set_stage(StateStage.Prepare)
+    deploys = _deploys()
+    state.set_stage(StateStage.Execute)
+    state.is_executing = False
+    assert state.pool is not None
+    hosts = list(state.inventory.get_active_hosts())
+    jobs = [state.pool.spawn(_one, state, host, deploys, emit) for host in hosts]
+    for job in jobs:
+        job.join()
+
+
+def _deploys() -> list[Callable[[], Any]]:
+    """Return the roles' deploys; the folder is the person's to read and change, so it is no part of the package."""
+    root = str(shipped("deploys").parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    from deploys.base import base
+    from deploys.hive import hive
+    from deploys.queen import queen
+    from deploys.worker import worker
+
+    return [base, queen, hive, worker]
+
+
+def _one(state: State, host: Any, deploys: list[Callable[[], Any]], emit: Emit) -> None:
+    """Prepare and run one host's operations in their order, up to the first that fails.
+
+    pyinfra's own loop waits for every host after every operation, and its other one loses failures.
+    """
+    ok = False
+    try:
+        with ctx_config.use(state.config.copy()), ctx_host.use(host):
+            for deploy in deploys:
+                deploy()
+            state.is_executing = True
+            ok = all(run_host_op(state, host, op_hash) for op_hash in host.op_hash_order)
+    except Exception as problem:  # noqa: BLE001  a deploy is the person's code; the other hosts go on
+        emit(host.name, {"event": "problem", "what": f"{type(problem).__name__}: {problem}", "code": "host_failed"})
+    emit(host.name, {"event": "result", "ok": ok, "reachable": True})
+
+
+if __name__ == "__main__":
+    main()
