@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -43,10 +43,18 @@ class Client:
         """DELETE and decode the answer."""
         return self._decode(self.send("DELETE", path, timeout_s=timeout_s), type_)
 
-    def send(self, method: str, path: str, value: Any = None, *, timeout_s: float | None = None) -> Answer:
+    def send(
+        self,
+        method: str,
+        path: str,
+        value: Any = None,
+        *,
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] = {},
+    ) -> Answer:
         """Send a request and return the answer's head; a status of 400 and above raises."""
         body = b"" if value is None else msgspec.json.encode(value)
-        headers = {"Content-Type": "application/json"} if body else {}
+        headers = {**headers, **({"Content-Type": "application/json"} if body else {})}
         wait_s = self._timeout_s if timeout_s is None else timeout_s
         answer = self._upstream.request(method, path, body, headers=headers, timeout_s=wait_s)
         if answer.status >= 400:

@@ -10,6 +10,7 @@ RbeeError
 │   ├── MethodNotAllowed    the address exists, the method does not
 │   ├── NotSupported        the model, engine or endpoint cannot do this
 │   ├── InvalidModelFile    the file is no model, is damaged, or is hostile
+│   ├── KeyReused           an Idempotency-Key came again with another request
 │   ├── RequestTimeout      the request's body did not arrive in time
 │   ├── InvalidScript       the routing script does not compile or has no entry function
 │   ├── InvalidInventory    inventory files have mistakes: all of them, each with its file and line
@@ -18,11 +19,16 @@ RbeeError
 │   └── Forbidden           this key, or this origin, may not do that
 ├── Busy                    wait, then send the same request again
 │   ├── Refused             the routing script turned the job away
+│   ├── QueueFull           too many jobs wait for this model
+│   ├── RateLimited         this key has used its rate, or has too many jobs at once
+│   │   └── QuotaExhausted  its budget of the day or month
+│   ├── StorageProblem      the queen cannot record what she does: the disk is full, or the records are locked
 │   └── ShuttingDown        this program is about to end
 ├── Lost                    a worker or hive went away while it was needed
 │   ├── WorkerLost          in the middle of an answer
 │   ├── Unreachable         nothing listens at its address
 │   └── TimedOut            it did not answer within its limit
+│       └── DeadlineExceeded  the time that the client itself allowed is over
 ├── SetupProblem            put the machine or its configuration right
 │   ├── PortInUse
 │   ├── PluginProblem
@@ -101,6 +107,13 @@ class PayloadTooLarge(InvalidInput):
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is over the limit of {limit_bytes} bytes")
         self.limit_bytes = limit_bytes
+
+
+class KeyReused(InvalidInput):
+    """An Idempotency-Key was used for another request before."""
+
+    status = 409
+    code = "idempotency_key_reused"
 
 
 class RequestTimeout(InvalidInput):
@@ -243,6 +256,33 @@ class Refused(Busy):
     code = "refused_by_script"
 
 
+class QueueFull(Busy):
+    """Too many jobs wait for one model already."""
+
+    code = "queue_full"
+
+
+class RateLimited(Busy):
+    """A key has used the requests or tokens of its minute, or has as many jobs at once as it may."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class QuotaExhausted(RateLimited):
+    """A key has used its budget of the day or month."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
+class StorageProblem(Busy):
+    """The queen's records cannot be written; nothing is accepted that could not be accounted for."""
+
+    code = "storage_unavailable"
+
+
 class ShuttingDown(Busy):
     """This program is about to end."""
 
@@ -274,6 +314,12 @@ class TimedOut(Lost):
 
     status = 504
     code = "timeout"
+
+
+class DeadlineExceeded(TimedOut):
+    """The time that the client allowed with X-Request-Timeout is over."""
+
+    code = "deadline_exceeded"
 
 
 class SetupProblem(RbeeError):

@@ -11,8 +11,8 @@ from rbee.queen.access import LOCAL
 from rbee.queen.client_watch import ClientWatch
 from rbee.queen.job import Job
 from rbee.queen.places import Candidate
-from rbee.queen.routing import record
 from rbee.queen.script import compile_script
+from rbee.queen.view import Place, record
 from rbee.wire.fleet import EngineReport, ModelReport
 from rbee.wire.openai import REQUESTS, ChatRequest, Message
 
@@ -34,7 +34,7 @@ def test_routing_page_names_every_field() -> None:
     job = Job("/v1/chat/completions", request, b"", LOCAL, ClientWatch(None))
     assert re.findall(r"`(\w+)`", task) == list(job.record())
     place = Candidate("h", ModelReport(name="m"), EngineReport(name="e"))
-    assert re.findall(r"`(\w+)`", workers.split(". A place")[0]) == list(record(place))
+    assert re.findall(r"`(\w+)`", workers.split(". A place")[0]) == list(record(Place(place, None, None), "text-gen"))
 
 
 def test_readme_names_every_endpoint() -> None:

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "RBEE_MODEL": "The model that `rbee infer` asks when `-m` is not given.",
     "RBEE_QUEEN_PORT, RBEE_HIVE_PORT": "The ports of a queen that starts by itself and of her hive; 0: any free one.",
     "RBEE_HOME": "One folder for configuration, state and cache, in place of the XDG folders.",
+    "RBEE_SCRIPTS": "A folder or an https address with scripts for [rbee scheduler install](#rbee-scheduler).",
     "LLORCH_RUN_ID": "Record the run in `.proof_bundle/integration/RUN_ID/`; see [rbee proof](#rbee-proof).",
     "NO_COLOR": "No colours (no-color.org).",
 }

@@ -89,6 +89,10 @@ def describe_worker(worker: WorkerLine) -> str:
         parts.append(f"memory={size(worker.memory_bytes).replace(' ', '')}")
     if worker.url:
         parts.append(f"url={worker.url}")
+    if worker.upstream_model:
+        parts.append(f"upstream-model={worker.upstream_model}")
+    if worker.capabilities:
+        parts.append(f"capabilities={','.join(worker.capabilities)}")
     return " ".join([*parts, *(["pin=yes"] if worker.pin else []), *(f"{k}={v}" for k, v in worker.options.items())])
 
 

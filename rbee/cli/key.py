@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,7 +15,7 @@ from rbee.cli.command import Group, Verb, json_option
 from rbee.cli.door import Door
 from rbee.cli.inventory_folder import fleet, host_of, inventory_option
 from rbee.cli.terminal import clean, table
-from rbee.errors import HostFailed, NotSupported
+from rbee.errors import HostFailed, InvalidInput, NotSupported
 
 if TYPE_CHECKING:
     from rbee.queen.keys import Key, KeyStore
@@ -26,6 +27,41 @@ QUEEN_HOME, PROGRAM = "/var/lib/rbee/queen", "/opt/rbee/current/bin/rbee"
 host_option = click.option(
     "--host", metavar="HOST", help="At the queen of this machine of the inventory, over ssh (default: here)."
 )
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+LIMITS = {
+    "requests_per_minute": "Requests a minute.",
+    "tokens_per_minute": "Tokens a minute, read and written.",
+    "concurrency": "Jobs at once.",
+    "requests_per_day": "Requests a day (UTC).",
+    "tokens_per_day": "Tokens a day.",
+    "requests_per_month": "Requests a month.",
+    "tokens_per_month": "Tokens a month.",
+}
+
+
+def policy_options(verb: F) -> F:
+    """Give a verb the options of what a key allows; it takes them as `told`."""
+    for name, text in reversed(LIMITS.items()):
+        flag = "--" + name.replace("_", "-")
+        verb = click.option(flag, name, metavar="N", type=click.IntRange(0, 2**53), help=f"{text} 0: no limit.")(verb)
+    choices = click.Choice(["interactive", "normal", "batch"])
+    for option in (
+        click.option("--priority", type=choices, help="Its jobs' priority, and the most urgent that they may ask for."),
+        click.option("--model", "models", multiple=True, metavar="NAME", help="Only this model or pattern: 'qwen*'."),
+        click.option("--tier", metavar="NAME", help="What routing scripts see as customer_tier."),
+        click.option("--tenant", metavar="NAME", help="Whose key it is; its metrics are apart from other tenants'."),
+        click.option(
+            "--scope",
+            "scopes",
+            multiple=True,
+            type=click.Choice(["inference", "metrics", "admin"]),
+            help="What it is for (default: inference).",
+        ),
+    ):
+        verb = option(verb)
+    return verb
 
 
 @click.group("key", cls=Group)
@@ -41,6 +77,10 @@ def command() -> None:
         ("rbee key create laptop --expires 90", "Make a key for 90 days."),
         ("export OPENAI_API_KEY=$(rbee key create zed -q)", "Put a new key where editors look for it."),
         ("rbee key create laptop --host queen-1", "Make a key at the queen that `rbee apply` set up there."),
+        (
+            "rbee key create acme --tenant acme --requests-per-minute 60 --tokens-per-month 5000000",
+            "Make a customer's key, with a rate and a budget.",
+        ),
     ],
 )
 @click.argument("name")
@@ -52,24 +92,112 @@ def command() -> None:
     type=click.FloatRange(0, 36500, min_open=True),
     help="Make it useless after so many days.",
 )
+@policy_options
 @click.option("-q", "--quiet", is_flag=True, help="Print the key and nothing else.")
 @host_option
 @inventory_option
 @click.pass_obj
 def create(
-    door: Door, name: str, admin: bool, days: float | None, quiet: bool, host: str | None, folder: Path | None
+    door: Door,
+    /,
+    name: str,
+    admin: bool,
+    days: float | None,
+    quiet: bool,
+    host: str | None,
+    folder: Path | None,
+    scopes: tuple[str, ...],
+    **told: Any,
 ) -> int:
     """Make a key and print it; it is shown this once."""
     if host is not None:
-        words = [*(["--admin"] if admin else []), *(["--expires", f"{days:g}"] if days else [])]
+        words = [*(["--admin"] if admin else []), *(["--expires", f"{days:g}"] if days else []), *_words(scopes, told)]
         return _there(host, folder, ["create", *words, *(["--quiet"] if quiet else []), "--", name])
     from rbee.queen.keys import ADMIN, INFERENCE
+    from rbee.queen.policy import policy_of
 
-    scopes = frozenset({INFERENCE, ADMIN} if admin else {INFERENCE})
-    key, secret = _store(door).create(name, scopes=scopes, expires_at=time.time() + days * DAY_S if days else None)
+    key, secret = _store(door).create(
+        name,
+        scopes=frozenset({*(scopes or [INFERENCE]), *([ADMIN] if admin else [])}),
+        expires_at=time.time() + days * DAY_S if days else None,
+        policy=policy_of(_given(told)),
+    )
     click.echo(secret)
     if not quiet:
         click.echo(f"This is shown once. Revoke it with: rbee key revoke {key.id}", err=True)
+    return 0
+
+
+@command.command(
+    "show",
+    cls=Verb,
+    read_on=READ_ON,
+    examples=[("rbee key show 1a2B3c4D", "Show what a key allows.")],
+)
+@click.argument("key_id", metavar="ID")
+@host_option
+@inventory_option
+@json_option
+@click.pass_obj
+def show(door: Door, key_id: str, host: str | None, folder: Path | None, as_json: bool) -> int:
+    """Show what a key allows; its secret is not kept."""
+    if host is not None:
+        return _there(host, folder, ["show", *(["--json"] if as_json else []), "--", key_id])
+    facts = _facts(_store(door).get(key_id))
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+        return 0
+    for moment in ("created_at", "expires_at", "revoked_at"):
+        facts[moment] = _day(facts[moment])
+    table(("", ""), ((name, ", ".join(v) if isinstance(v, (list, tuple)) else str(v)) for name, v in facts.items()))
+    return 0
+
+
+@command.command(
+    "set",
+    cls=Verb,
+    read_on=READ_ON,
+    examples=[
+        ("rbee key set 1a2B3c4D --tokens-per-minute 20000", "Change one limit; the others stay."),
+        ("rbee key set 1a2B3c4D --expires 0 --model '*'", "Let it live for ever, and use every model."),
+    ],
+)
+@click.argument("key_id", metavar="ID")
+@click.option(
+    "--expires", "days", metavar="DAYS", type=click.FloatRange(0, 36500), help="From this moment on. 0: never."
+)
+@policy_options
+@host_option
+@inventory_option
+@click.pass_obj
+def set_(
+    door: Door,
+    /,
+    key_id: str,
+    days: float | None,
+    host: str | None,
+    folder: Path | None,
+    scopes: tuple[str, ...],
+    **told: Any,
+) -> int:
+    """Change what a key allows, from the next request on. What is not named stays as it is."""
+    if host is not None:
+        expires = ["--expires", f"{days:g}"] if days is not None else []
+        return _there(host, folder, ["set", *expires, *_words(scopes, told), "--", key_id])
+    fields = _given(told)
+    if not fields and not scopes and days is None:
+        raise InvalidInput("Nothing to change was named", hint="rbee key set --help")
+    import msgspec
+
+    key = _store(door).change(
+        key_id,
+        scopes=frozenset(scopes) or None,
+        expires_at=msgspec.UNSET if days is None else time.time() + days * DAY_S if days else None,
+        policy=fields,
+    )
+    click.echo(f"Changed {key.id} ({key.name}).", err=True)
     return 0
 
 
@@ -89,8 +217,19 @@ def list_(door: Door, host: str | None, folder: Path | None, as_json: bool) -> i
         click.echo(msgspec.json.format(msgspec.json.encode([_facts(key) for key in keys]), indent=2))
         return 0
     table(
-        ("id", "name", "state", "may", "created", "expires"),
-        ((k.id, k.name, k.state, ", ".join(sorted(k.scopes)), _day(k.created_at), _day(k.expires_at)) for k in keys),
+        ("id", "name", "state", "tenant", "may", "created", "expires"),
+        (
+            (
+                key.id,
+                key.name,
+                key.state,
+                key.policy.tenant,
+                ", ".join(sorted(key.scopes)),
+                _day(key.created_at),
+                _day(key.expires_at),
+            )
+            for key in keys
+        ),
     )
     return 0
 
@@ -112,6 +251,20 @@ def revoke(door: Door, key_id: str, host: str | None, folder: Path | None) -> in
     key = _store(door).revoke(key_id)
     click.echo(f"Revoked {key.id} ({key.name}).", err=True)
     return 0
+
+
+def _given(told: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a policy that were named on the command line."""
+    return {name: value for name, value in told.items() if value is not None and value != ()}
+
+
+def _words(scopes: tuple[str, ...], told: dict[str, Any]) -> list[str]:
+    """Return the options again, for the same verb on another machine."""
+    words = [f"--scope={scope}" for scope in scopes]
+    for name, value in _given(told).items():
+        option = "--model" if name == "models" else "--" + name.replace("_", "-")
+        words += [f"{option}={item}" for item in (value if name == "models" else [value])]
+    return words
 
 
 def _there(name: str, folder: Path | None, words: list[str]) -> int:
@@ -149,6 +302,8 @@ def _store(door: Door) -> KeyStore:
 
 
 def _facts(key: Key) -> dict[str, Any]:
+    import msgspec
+
     return {
         "id": key.id,
         "name": key.name,
@@ -157,6 +312,7 @@ def _facts(key: Key) -> dict[str, Any]:
         "created_at": key.created_at,
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
+        **msgspec.structs.asdict(key.policy),
     }
 
 

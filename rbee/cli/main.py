@@ -33,9 +33,11 @@ SECTIONS = {
         "queen": Lazy("rbee.cli.queen", "Start, stop and look at the queen, which serves the API."),
         "hive": Lazy("rbee.cli.hive", "Install a hive on a machine, look at the machines, or run a hive on this one."),
         "worker": Lazy("rbee.cli.worker", "Start, stop and look at workers: one process, one model."),
+        "job": Lazy("rbee.cli.job", "List jobs, follow one, and cancel it."),
         "model": Lazy("rbee.cli.model", "List, add and remove model files."),
         "inventory": Lazy("rbee.cli.inventory", "Check and show the files that say which machines there are."),
         "hosts": Lazy("rbee.cli.hosts", "List the machines of the inventory, and say whose host keys are trusted."),
+        "scheduler": Lazy("rbee.cli.scheduler", "Look at the routing script, try another one out, and share it."),
         "key": Lazy("rbee.cli.key", "Make and revoke API keys."),
     },
     "Look": {

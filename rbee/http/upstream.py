@@ -6,6 +6,7 @@ It runs unchanged on threads and, in the queen, on gevent's patched sockets. One
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -15,24 +16,42 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from rbee.errors import TimedOut, Unreachable, WorkerLost
+from rbee.errors import Busy, TimedOut, Unreachable, WorkerLost
 from rbee.http.tls import reason
 
 RECEIVE_BYTES = 65536
 MAX_IDLE = 64
 MAX_HEAD_BYTES = 65536
+KEEPALIVE_AFTER_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 5, 5, 4
+UNHEARD_FOR_S = 20.0
+"""How long the other machine may acknowledge nothing (RFC 5482) before its connection is given up.
+
+Its kernel acknowledges while a process there is busy or stopped: only a machine or a network that is gone does not.
+"""
+OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS})
+"""What keeps a connection from being made that is no fault of the other side."""
 
 
 class Upstream:
     """A pool of kept-alive connections to `http://host:port`, `https://host:port` or `unix:/path`.
 
     `tls` says whom `https` trusts (`tls.client_context` of the fleet's authority); without it, whom the machine trusts.
+    `base_path` stands in the place of the `/v1` that paths begin with.
     """
 
-    def __init__(self, url: str, *, token: str = "", connect_timeout_s: float = 2.0, tls: ssl.SSLContext | None = None):
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str = "",
+        connect_timeout_s: float = 2.0,
+        tls: ssl.SSLContext | None = None,
+        base_path: str = "/v1",
+    ) -> None:
         self.url = url
         self.token = token
         self._connect_timeout_s = connect_timeout_s
+        self._base_path = "" if base_path == "/v1" else base_path
         self._tls: ssl.SSLContext | None = None
         self._idle: deque[socket.socket] = deque(maxlen=MAX_IDLE)
         if url.startswith("unix:"):
@@ -62,24 +81,30 @@ class Upstream:
 
         `timeout_s` bounds the wait for the first byte. `wait` is called before every receive, of head and body: it may
         poll the answer beside other descriptors, and ends the exchange by raising anything but OSError.
-        Raises: Unreachable (nothing was sent), WorkerLost (the connection closed before the head), TimedOut.
+        Raises: Unreachable (nothing was sent), WorkerLost (the connection closed before the head), TimedOut; Busy when
+        this process has no descriptor left.
         """
         message = self._head(method, path, headers, len(body)) + body
+        kept = True
         while True:
-            kept, sock = self._take()
+            # A kept connection may fail once; the second is a new one, or a job could be sent again and again.
+            kept, sock = self._take() if kept else (False, self._connect())
             answer = Answer(self, sock, wait)
             try:
                 sock.settimeout(timeout_s)
                 sock.sendall(message)
                 answer.read_head()
-            except TimeoutError:
+            except TimeoutError as problem:
                 answer.close()
+                if problem.errno is not None:
+                    raise WorkerLost(f"{self.url} acknowledges nothing any more ({problem})") from None
                 raise TimedOut(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
             except (OSError, httptools.HttpParserError) as problem:
                 answer.broken_off = answer.closed
                 answer.close()
                 # A server may close a kept connection just as it is used; it has not read the request then.
                 if kept and not answer.touched and not answer.broken_off:
+                    kept = False
                     continue
                 raise WorkerLost(f"{self.url} closed the connection before it answered ({problem})") from None
             except BaseException:
@@ -132,7 +157,10 @@ class Upstream:
                 return sock
             sock = socket.create_connection((self._host, self._port), timeout=self._connect_timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            notice_silence(sock)
         except OSError as problem:
+            if problem.errno in OURS:
+                raise Busy(f"No connection to {self.url} can be made here ({problem.strerror})") from None
             raise Unreachable(f"Nothing answers at {self.url} ({problem})") from None
         return self._secured(sock, self._tls) if self._tls else sock
 
@@ -143,6 +171,8 @@ class Upstream:
             raise Unreachable(f"No safe connection to {self.url}: {reason(problem)}") from None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], length: int) -> bytes:
+        if self._base_path and path.startswith("/v1/"):
+            path = self._base_path + path[3:]
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}:{self._port}" if self._port else "Host: localhost"]
         if self.token:
             lines.append(f"Authorization: Bearer {self.token}")
@@ -258,9 +288,10 @@ class Answer:
         try:
             self._sock.settimeout(timeout_s)
             data = self._sock.recv(RECEIVE_BYTES)
-        except TimeoutError:
-            raise
         except (OSError, ValueError) as problem:
+            # The kernel's own ETIMEDOUT, of a connection that it gave up, is a TimeoutError as well.
+            if isinstance(problem, TimeoutError) and problem.errno is None:
+                raise
             self.close()
             raise WorkerLost(f"{self._upstream.url} broke off its answer ({problem})") from None
         try:
@@ -286,6 +317,20 @@ class Answer:
             self._upstream.give_back(self._sock)
         else:
             self.close()
+
+
+def notice_silence(sock: socket.socket, unheard_for_s: float = UNHEARD_FOR_S) -> None:
+    """Have the kernel end a connection whose other side acknowledges nothing for so long, in use or idle (tcp(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # macOS has other names for some, and none for the last.
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_AFTER_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_EVERY_S),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", int(unheard_for_s * 1000)),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _readable(sock: socket.socket) -> bool:

@@ -24,7 +24,8 @@ class WorkerLine(Struct, frozen=True, kw_only=True):
     """One `Worker NAME key=value…` line; zero and empty mean that the engine or the hive takes its default.
 
     `port` is never zero: a line without one is given the first free port from 8001 on, in the order of the lines.
-    With `url` the worker is any OpenAI-compatible server, which rbee neither starts nor stops; its `port` is 0.
+    With `url` the worker is any OpenAI-compatible server, which rbee neither starts nor stops; its `port` is 0, and
+    `upstream_model` is the name that the model has there when it is not `model`.
     """
 
     name: WorkerName
@@ -43,6 +44,8 @@ class WorkerLine(Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
     url: str = ""
     key_file: str = ""
+    upstream_model: str = ""
+    capabilities: list[str] = []
     options: dict[str, str] = {}
 
 
@@ -86,6 +89,10 @@ class Host(Struct, frozen=True, kw_only=True):
     gpus: list[str] = []
     region: str = ""
     tags: list[str] = []
+    price: float = 0.0
+    """What an hour here costs (`RbeePrice`), in a currency of the operator's own."""
+    tenant: str = ""
+    """The only tenant whose jobs may run here (`RbeeTenant`); empty: every tenant's."""
     wave: int = 0
     python: str = "python3"
     run_as: str = "rbee"

@@ -68,14 +68,21 @@ WORKER_KEYS = (
     Key("gpu", "gpus", values.GPUS, "The GPUs that it may use, by number, or cpu (default: the engine chooses)."),
     Key("port", "port", values.PORT, "Its port (default: the first free one from 8001 on, in the order of the lines)."),
     Key("ctx", "context_tokens", values.COUNT, "Tokens of context for each slot (default: the engine's)."),
-    Key("slots", "slots", values.COUNT, "How many jobs it runs side by side (default: the engine's)."),
+    Key("slots", "slots", values.COUNT, "How many jobs it runs side by side (default: the engine's; with url 8)."),
     Key("threads", "threads", values.COUNT, "CPU threads (default: the engine's)."),
     Key("pin", "pin", values.FLAG, "Keep it loaded, whatever else needs memory (default: no)."),
     Key("idle", "idle_s", values.TIME, "Unload the model after so long without a job (default: never)."),
     Key("start-limit", "start_limit_s", values.TIME, "How long loading may take (default: the hive's limit)."),
     Key("memory", "memory_bytes", values.SIZE, "The most memory that it may use (default: no limit)."),
     Key("url", "url", values.URL, "Any OpenAI-compatible server, which rbee neither starts nor stops."),
-    Key("key-file", "key_file", values.PATH, "With url: the file that holds its API key."),
+    Key("key-file", "key_file", values.PATH, "With url: the file, on the queen's machine, that holds its API key."),
+    Key("upstream-model", "upstream_model", values.UPSTREAM_MODEL, "With url: the model's name there, if another."),
+    Key(
+        "capabilities",
+        "capabilities",
+        values.CAPABILITIES,
+        "With url: what it can do (default: chat,completion,embedding).",
+    ),
 )
 MODEL_KEYS = (
     Key("source", "source", values.SOURCE, "file:PATH (relative to this file), https://ADDRESS or hf:OWNER/NAME/FILE.",
@@ -112,7 +119,8 @@ KEYWORDS = (
     ),
     Keyword(
         name="Gpu", field="gpus", kind=values.WORD, repeats=True, many=True, example="Gpu 0 cuda 24G",
-        help="A GPU of this machine: its number, its kind and its memory. Workers may name only GPUs that are listed, "
+        help="A GPU of this machine: its number, its kind, its memory and, if you like, its type, as in "
+        "`Gpu 0 cuda 24G RTX4090`; the routing script sees the type that the machine reports otherwise. Workers may name only GPUs that are listed, "
         "once one is.",
     ),
     Keyword(
@@ -122,6 +130,14 @@ KEYWORDS = (
     Keyword(
         name="Tags", field="tags", kind=values.WORD, many=True, example="Tags fast quiet",
         help="Words of your own about the machine; the routing script sees them.",
+    ),
+    Keyword(
+        name="RbeePrice", field="price", kind=values.PRICE, default="0", example="RbeePrice 0.35",
+        help="What an hour of this machine costs, in a currency of your own; the routing script sees it.",
+    ),
+    Keyword(
+        name="RbeeTenant", field="tenant", kind=values.WORD, example="RbeeTenant acme",
+        help="Only jobs of this tenant's keys run on the machine, whatever the routing script says.",
     ),
     Keyword(
         name="RbeeWave", field="wave", kind=values.WAVE, default="0", example="RbeeWave 1",

@@ -10,6 +10,9 @@ from rbee.inventory.fleet import Gitops, ModelLine, WorkerLine
 from rbee.inventory.keywords import Key, Keyword, nearest
 from rbee.inventory.parse import Line
 
+OF_SERVERS = ("url", "model", "key-file", "slots", "upstream-model", "capabilities")
+"""The keys that a worker with a `url` may have."""
+
 
 class Wrong(ValueError):
     """A value is wrong; `hint` says what to try."""
@@ -67,14 +70,15 @@ def _worker(keyword: Keyword, line: Line, warn: list[str]) -> WorkerLine:
     if gpus == []:
         fields["device"] = "cpu"
     if fields.get("url"):
-        ours = [
-            key.name for key in keyword.keys if key.field in fields and key.name not in ("url", "model", "key-file")
-        ]
+        ours = [key.name for key in keyword.keys if key.field in fields and key.name not in OF_SERVERS]
         if ours or options:
             raise Wrong(f"worker {name} has a url=, so {', '.join([*ours, *options])} means nothing",
                         "what runs there is set there")  # fmt: skip
     elif fields.get("key_file"):
         raise Wrong(f"worker {name} has a key-file= but no url=", "rbee makes the tokens of its own workers")
+    for key, field in (("upstream-model", "upstream_model"), ("capabilities", "capabilities")):
+        if field in fields and "url" not in fields:
+            raise Wrong(f"worker {name} has {key}= but no url=", "rbee knows what its own workers have and can")
     if "key_file" in fields:
         fields["key_file"] = _absolute(fields["key_file"], line)
     return WorkerLine(name=name, at=line.at, options=options, **fields)

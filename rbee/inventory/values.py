@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from rbee.plugin import Capability
 from rbee.wire.fleet import NAME_PATTERN
 
 WORKER_NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,39}$"
@@ -83,6 +84,23 @@ def read_gpus(text: str) -> list[int]:
     return numbers
 
 
+def read_capabilities(text: str) -> list[str]:
+    """Read one or more kinds of work, such as chat,embedding."""
+    words = text.split(",")
+    known = [capability.value for capability in Capability]
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return list(dict.fromkeys(words))
+
+
+def read_price(text: str) -> float:
+    """Read a price of zero or more."""
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text):
+        raise ValueError(f"{text!r} is no price, such as 0.35")
+    return float(text)
+
+
 def read_url(text: str) -> str:
     """Read the http or https address of a server, without what only a person's own use of it needs."""
     from urllib.parse import urlsplit
@@ -139,7 +157,10 @@ WAVE = Kind("NUMBER", _whole(0, 1000, "whole number from 0 to 1000"))
 SIZE = Kind("SIZE", read_size)
 TIME = Kind("TIME", read_time)
 FLAG = Kind("yes|no", read_flag)
+PRICE = Kind("PRICE", read_price)
 GPUS = Kind("0|0,1|cpu", read_gpus)
 URL = Kind("URL", read_url)
+UPSTREAM_MODEL = Kind("NAME", _pattern(r"[A-Za-z0-9@][A-Za-z0-9._:@/+~-]{0,199}", "name of a model at a server"))
+CAPABILITIES = Kind("chat,embedding…", read_capabilities)
 SOURCE = Kind("file:PATH|https://ADDRESS|hf:OWNER/NAME/FILE", read_source)
 REPOSITORY = Kind("ADDRESS", read_repository)

@@ -9,7 +9,8 @@ HEADER = """\
 IgnoreUnknown Hive*,Queen*,Worker*,Model*,Gpu*,Region*,Tags,Rbee*
 """
 SIZES = (("memory", "memory_bytes"), ("port", "port"), ("ctx", "context_tokens"), ("slots", "slots"),
-         ("threads", "threads"), ("url", "url"), ("key-file", "key_file"))  # fmt: skip
+         ("threads", "threads"), ("url", "url"), ("key-file", "key_file"),
+         ("upstream-model", "upstream_model"))  # fmt: skip
 
 
 def inventory_text(fleet: Fleet) -> str:
@@ -25,6 +26,10 @@ def _host_text(host: Host) -> str:
         lines.append(f"    QueenPort {host.queen_port}")
     if host.region:
         lines.append(f"    Region {_quoted(host.region)}")
+    if host.price:
+        lines.append(f"    RbeePrice {f'{host.price:.6f}'.rstrip('0').rstrip('.')}")
+    if host.tenant:
+        lines.append(f"    RbeeTenant {_quoted(host.tenant)}")
     if host.tags:
         lines.append(f"    Tags {' '.join(map(_quoted, host.tags))}")
     lines += [f"    {_worker_text(worker)}" for worker in host.workers]
@@ -36,6 +41,8 @@ def _worker_text(worker: WorkerLine) -> str:
     values |= {key: getattr(worker, name) for key, name in SIZES}
     if worker.gpus:
         values["gpu"] = ",".join(map(str, worker.gpus))
+    if worker.capabilities:
+        values["capabilities"] = ",".join(worker.capabilities)
     if worker.pin:
         values["pin"] = "yes"
     words = [f"{key}={value}" for key, value in {**values, **worker.options}.items() if value]

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from rbee.errors import AccessDenied, Forbidden
-from rbee.queen.keys import ADMIN, INFERENCE, PREFIX, KeyStore
+from gevent import get_hub
+
+from rbee.errors import AccessDenied, Forbidden, RbeeError
+from rbee.queen.jwt_tokens import JwtTokens
+from rbee.queen.keys import ADMIN, INFERENCE, METRICS, PREFIX, KeyStore
+from rbee.queen.policy import NO_LIMITS, Policy
 from rbee.queen.settings import Settings
+
+T = TypeVar("T")
 
 PROXY_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_VIA")
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1", ""})
@@ -22,11 +29,17 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1", ""})
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request: a key's id and name, or the person at this machine."""
+    """Who sent a request, a key, a token's subject or the person at this machine, and what is allowed."""
 
     id: str
     name: str
     scopes: frozenset[str]
+    policy: Policy = NO_LIMITS
+
+    @property
+    def tenant(self) -> str:
+        """Return whose jobs these are; empty for the operator's own."""
+        return self.policy.tenant
 
 
 LOCAL = Caller("local", "local", frozenset({INFERENCE}))
@@ -37,16 +50,33 @@ HIVE = Caller("hive", "hive", frozenset({"hive"}))
 class Access:
     """Turns a request into a caller, or refuses it."""
 
-    def __init__(self, settings: Settings, keys: KeyStore) -> None:
+    def __init__(self, settings: Settings, keys: KeyStore, tokens: JwtTokens | None = None) -> None:
         self._settings = settings
         self._keys = keys
+        self._tokens = tokens
 
     def caller(self, environ: Mapping[str, str]) -> Caller:
         """Return who may use the models. Raises: AccessDenied, Forbidden."""
+        caller = self._anyone(environ)
+        if INFERENCE not in caller.scopes:
+            raise Forbidden("This API key may not use the models", hint="rbee key set ID --scope inference")
+        return caller
+
+    def reader(self, environ: Mapping[str, str]) -> Caller:
+        """Return who may read the metrics: a tenant its own, anyone else all. Raises: AccessDenied, Forbidden."""
+        caller = self._anyone(environ)
+        # Whoever holds a key without a tenant is the operator's own; an issuer's tokens must be told apart.
+        if caller.id.startswith("jwt:") and not caller.tenant and not caller.scopes & {METRICS, ADMIN}:
+            raise Forbidden("This token may not read the metrics", hint="a token with the scope metrics, or a tenant")
+        return caller
+
+    def _anyone(self, environ: Mapping[str, str]) -> Caller:
         secret = _secret(environ)
         known = self._known(secret)
         if known:
             return known
+        if self._tokens is not None and _is_token(secret):
+            return self._by_token(secret)
         local = _is_local(environ)
         if secret.startswith(PREFIX) or (secret and not local) or self._settings.require_key:
             return self._by_key(secret)
@@ -65,7 +95,7 @@ class Access:
         known = self._known(secret)
         if known is OPERATOR:
             return OPERATOR
-        caller = self._by_key(secret)
+        caller = self._by_token(secret) if self._tokens is not None and _is_token(secret) else self._by_key(secret)
         if ADMIN not in caller.scopes:
             raise Forbidden("This API key may not control the fleet", hint="rbee key create NAME --admin")
         return caller
@@ -84,11 +114,42 @@ class Access:
             return HIVE
         return None
 
+    def _by_token(self, secret: str) -> Caller:
+        assert self._tokens is not None
+        found = self._tokens.known(secret)
+        if found is None:
+            # A signature takes a while to check, and the issuer's keys may have to be fetched.
+            found = _off_hub(self._tokens.check, secret)
+        return Caller(found.id, found.name, found.scopes, found.policy)
+
     def _by_key(self, secret: str) -> Caller:
         if not secret:
             raise AccessDenied("You didn't provide an API key", hint="Authorization: Bearer KEY")
+        if self._keys.stale():
+            # Another program has written the keys. SQLite may wait for it, which must not hold up every stream.
+            _off_hub(self._keys.reload)
         key = self._keys.check(secret)
-        return Caller(key.id, key.name, key.scopes)
+        return Caller(key.id, key.name, key.scopes, key.policy)
+
+
+def _off_hub(function: Callable[..., T], *args: object) -> T:
+    """Call a function on a thread. What it refuses crosses as a value: gevent prints what a thread raises."""
+
+    def call() -> T | RbeeError:
+        try:
+            return function(*args)
+        except RbeeError as problem:
+            return problem
+
+    result: T | RbeeError = get_hub().threadpool.apply(call)
+    if isinstance(result, RbeeError):
+        raise result
+    return result
+
+
+def _is_token(secret: str) -> bool:
+    """Return True for what has the form of a signed JSON Web Token (RFC 7515, 7.1): its header is an object."""
+    return secret.startswith("ey") and secret.count(".") == 2
 
 
 def _secret(environ: Mapping[str, str]) -> str:

@@ -7,9 +7,16 @@ from pathlib import Path
 
 from rbee import paths
 from rbee.errors import InvalidInput, SetupProblem
+from rbee.queen.retention import DAY_S, MAX_KEEP_DAYS, RETENTION, Retention
 from rbee.queen.settings import Settings
 from rbee.tokens import shared_token
 from rbee.wire.settings import QueenSettings, read_settings, secret_path
+
+KEPT = (
+    ("jobs", RETENTION.jobs_s / DAY_S, "what became of each job"),
+    ("results", RETENTION.results_s / DAY_S, "answers of jobs and batches, and files"),
+    ("usage", RETENTION.usage_s / DAY_S, "the tokens that each key used"),
+)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -22,9 +29,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hive-port", type=int, default=7835, help="port of this machine's hive")
     parser.add_argument("--no-hive", action="store_true", help="keep no hive on this machine")
     parser.add_argument("--require-key", action="store_true", help="ask for an API key on the loopback address, too")
+    parser.add_argument("--platform", action="store_true", help="take the routing script from the operator's API only")
     parser.add_argument(
         "--inventory", type=Path, help="folder with *.conf and scheduler.rhai (default: the person's own)"
     )
+    for name, default, what in KEPT:
+        parser.add_argument(
+            f"--keep-{name}", type=float, default=default, metavar="DAYS", help=f"keep {what} for so long ({default:g})"
+        )
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -37,6 +49,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             raise InvalidInput(f"--{name.replace('_', '-')} must be between 0 and 65535")
     if arguments.inventory is not None and not arguments.inventory.is_dir():
         raise InvalidInput(f"The inventory {arguments.inventory} is no folder")
+    for name, _, _ in KEPT:
+        if not 0 < getattr(arguments, f"keep_{name}") <= MAX_KEEP_DAYS:
+            raise InvalidInput(f"--keep-{name} must be more than 0 days and at most {MAX_KEEP_DAYS}")
     if arguments.settings is not None:
         return _declared(read_settings(arguments.settings, QueenSettings), arguments.parent)
     state = _state_dir()
@@ -50,6 +65,12 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         parent_pid=arguments.parent,
         ephemeral=arguments.ephemeral,
         require_key=arguments.require_key,
+        platform=arguments.platform,
+        retention=Retention(
+            jobs_s=arguments.keep_jobs * DAY_S,
+            results_s=arguments.keep_results * DAY_S,
+            usage_s=arguments.keep_usage * DAY_S,
+        ),
         hive_token=shared_token(state / "hive.token"),
         drain_s=5.0 if arguments.ephemeral else 30.0,
     )
@@ -69,6 +90,12 @@ def _declared(told: QueenSettings, parent_pid: int) -> Settings:
         state_dir=state,
         parent_pid=parent_pid,
         require_key=told.require_key,
+        platform=told.platform,
+        retention=Retention(
+            jobs_s=told.keep_jobs_days * DAY_S,
+            results_s=told.keep_results_days * DAY_S,
+            usage_s=told.keep_usage_days * DAY_S,
+        ),
         hive_token=shared_token(state / "hive.token"),
     )
 

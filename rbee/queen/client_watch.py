@@ -9,6 +9,8 @@ from typing import Any
 from gevent import get_hub
 from gevent.event import Event
 
+from rbee.errors import DeadlineExceeded, RbeeError
+
 READ = 1
 
 
@@ -21,26 +23,51 @@ class ClientWatch:
 
     The kernel reports the end of a connection as something to read. Bytes of a next, pipelined request look the same,
     and end the watch: whoever sends ahead is still there.
+    A client that allowed only `timeout_s` is as good as gone after it: whatever waits for `gone` keeps the deadline.
     """
 
-    def __init__(self, sock: socket.socket | None) -> None:
+    def __init__(self, sock: socket.socket | None, timeout_s: float | None = None) -> None:
         self.gone = Event()
+        self.expired = False
+        self._timeout_s = timeout_s
+        self._timer: Any = None
         self._sock = sock
         self._on_gone: Callable[[], None] | None = None
         self._io: Any = None
         if sock is not None:
             self._io = get_hub().loop.io(sock.fileno(), READ)
             self._io.start(self._readable)
+        if timeout_s is not None:
+            self._timer = get_hub().loop.timer(timeout_s)
+            self._timer.start(self._expire)
 
     def check(self) -> None:
-        """Raise ClientGone when the client has left."""
+        """Raise ClientGone when the client has left, DeadlineExceeded when its time is over."""
+        if self.expired:
+            raise DeadlineExceeded(f"The request was not done within its {self._timeout_s:g} s (X-Request-Timeout)")
         if self.gone.is_set():
             raise ClientGone
+
+    def why(self, problem: RbeeError) -> RbeeError:
+        """Return what really ended an exchange that broke off with `problem`. Raises: ClientGone."""
+        try:
+            self.check()
+        except DeadlineExceeded as expired:
+            return expired
+        return problem
 
     def call_when_gone(self, callback: Callable[[], None] | None) -> None:
         """Have `callback` called in the event loop when the client leaves; it must not wait for anything."""
         self._on_gone = callback
         if callback is not None and self.gone.is_set():
+            callback()
+
+    def leave(self) -> None:
+        """End the job as if its client had left: somebody cancelled it by its id."""
+        callback = self._on_gone
+        self.close()
+        self.gone.set()
+        if callback is not None:
             callback()
 
     def close(self) -> None:
@@ -50,6 +77,14 @@ class ClientWatch:
             self._io.stop()
             self._io.close()
             self._io = None
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self.expired = True
+        self.leave()
 
     def _readable(self) -> None:
         assert self._sock is not None

@@ -1,4 +1,7 @@
-"""Bring a job to the first of its chosen places that takes it; start the worker when there is none."""
+"""Bring a job to the first of its chosen places that takes it; start the worker when there is none.
+
+What a worker's exchanges come to is kept with the worker (`ejection`), and decides whether it is sent more.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import logging
 import time
 from collections.abc import Sequence
 
+import msgspec
 from gevent import sleep, spawn
 
-from rbee.errors import LoadFailed, Lost, RbeeError, TimedOut, Unreachable, WorkerLost
+from rbee.errors import DeadlineExceeded, LoadFailed, Lost, RbeeError, TimedOut, Unreachable, WorkerLost
+from rbee.queen.ejection import RetryBudget
 from rbee.queen.fleet import Fleet
+from rbee.queen.health import answers, failed
 from rbee.queen.hives import Worker
 from rbee.queen.job import Exchange, Job
 from rbee.queen.loads import Loads
@@ -28,12 +34,15 @@ class Dispatch:
         self._fleet = fleet
         self._loads = loads
         self._first_byte_timeout_s = first_byte_timeout_s
+        self._budget = RetryBudget()
 
     def send(self, job: Job, ranked: Sequence[Candidate]) -> Exchange:
         """Return the exchange with the first place that answers.
 
         Places that cannot be reached at all are passed over. Raises: Lost, LoadFailed, Busy, ClientGone.
         """
+        if job.attempts == 1:
+            self._budget.count()
         problem: RbeeError | None = None
         for candidate in ranked:
             try:
@@ -44,6 +53,30 @@ class Dispatch:
                 problem = found
         raise problem or WorkerLost("No worker was left to try")
 
+    def may_retry(self, job: Job, problem: RbeeError) -> bool:
+        """Return True, and count a retry, when a job of which its client has seen nothing should be sent again.
+
+        A worker that broke off may have died; one that answered with an error of its own is worth a retry only where
+        another has the model: a request that no worker can bear must not be tried until they are all ejected.
+        """
+        if isinstance(problem, DeadlineExceeded):
+            return False
+        if not isinstance(problem, Lost) and not (job.failed_at and self._others(job)):
+            return False
+        allowed = self._budget.take()
+        if not allowed:
+            log.warning("job %s is not sent again: too many jobs of late were", job.id)
+        return allowed
+
+    def _others(self, job: Job) -> bool:
+        """Return True when a ready worker is left that has not failed this job."""
+        request = job.request
+        try:
+            places = self._fleet.candidates(request.model, request.capability, request.needs(), job.hive_wish)
+        except RbeeError:
+            return False
+        return any(place.worker and place.worker.ready and place.id not in job.failed_at for place in places)
+
     def _ready_worker(self, job: Job, candidate: Candidate) -> Worker:
         if candidate.worker and candidate.worker.ready:
             return candidate.worker
@@ -53,11 +86,12 @@ class Dispatch:
         upstream = worker.upstream(job.path, stream=job.stream)
         started = time.monotonic()
         worker.in_flight += 1
+        worker.ejection.sent()
         try:
             answer = upstream.request(
                 "POST",
                 job.path,
-                job.body,
+                _renamed(job.body, worker.upstream_model) if worker.upstream_model else job.body,
                 headers={"Content-Type": "application/json", "X-Rbee-Job": job.id},
                 timeout_s=self._first_byte_timeout_s,
                 wait=lambda answer: job.client.call_when_gone(answer.close),
@@ -65,9 +99,11 @@ class Dispatch:
         except BaseException as problem:
             worker.in_flight -= 1
             job.client.call_when_gone(None)
-            job.client.check()
-            if isinstance(problem, Lost):
+            if isinstance(problem, Lost) and not job.client.gone.is_set():
+                failed(job, worker)
                 self._suspect(worker, problem)
+            worker.ejection.dropped()
+            job.client.check()
             raise
         worker.ttft_ms = _smooth(worker.ttft_ms, (time.monotonic() - started) * 1000)
         job.worker_id = worker.id
@@ -76,6 +112,11 @@ class Dispatch:
     def _suspect(self, worker: Worker, problem: Lost) -> None:
         """Take a worker that broke a connection out of routing, and find out what became of it."""
         if isinstance(problem, TimedOut) or worker.lost:
+            return
+        if worker.look is not None:
+            # A connection that broke is no end yet, and whether it is one is known in a moment.
+            worker.lost = isinstance(problem, Unreachable)
+            worker.look()
             return
         worker.lost = True
         spawn(self._find_out, worker)
@@ -89,7 +130,7 @@ class Dispatch:
             self._fleet.forget_unreachable(worker.hive)
         pause_s = FIRST_PAUSE_S
         while self._fleet.has(worker) and worker.report.state is WorkerState.READY:
-            if _healthy(worker):
+            if answers(worker):
                 worker.lost = False
                 self._fleet.announce()
                 return
@@ -97,13 +138,11 @@ class Dispatch:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _healthy(worker: Worker) -> bool:
-    try:
-        answer = worker.front.request("GET", "/health", timeout_s=2.0)
-        answer.read(1_000_000, timeout_s=2.0)
-    except (RbeeError, ValueError):
-        return False
-    return answer.status == 200
+def _renamed(body: bytes, model: str) -> bytes:
+    """Return a request with another model's name; everything else stays as it was written."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
 
 
 def _smooth(old: float, new: float) -> float:

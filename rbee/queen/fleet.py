@@ -17,10 +17,11 @@ from rbee import paths
 from rbee.client import Client
 from rbee.errors import Busy, NotFound, RbeeError, UnknownModel
 from rbee.http.upstream import Upstream
-from rbee.queen.hives import Hive, Worker, view, view_of_silent
+from rbee.queen.ejection import Ejection, spared
+from rbee.queen.hives import Hive, Worker, view, view_of_servers, view_of_silent
 from rbee.queen.places import Candidate, can, cannot, options
 from rbee.queen.watched import HiveState, Watched
-from rbee.wire.fleet import HiveReport, HiveView, ModelReport, WorkerAccess, WorkerReport
+from rbee.wire.fleet import HiveReport, HiveView, ModelReport, WorkerAccess, WorkerReport, WorkerState
 
 SETTLE_S = 30.0
 """How long a hive that has just been met may take to list its engines."""
@@ -43,7 +44,9 @@ class Fleet:
         """Return False while a hive that has just started is still finding out what it has."""
         if time.monotonic() > self._settles_by:
             return True
-        own = any(hive.watched is None for hive in self.hives.values())
+        own = any(hive.watched is None and hive.serves is None for hive in self.hives.values())
+        if any(worker.report.state is WorkerState.STARTING for g in self._groups() for worker in g.workers.values()):
+            return False
         asked = all(watched.state is not HiveState.CONNECTING for watched in self.watched.values())
         listed = all(hive.report.engines or hive.away for hive in self.hives.values())
         return listed and asked and (own or not self._expects_hive)
@@ -106,6 +109,17 @@ class Fleet:
         else:
             self.hear(hive.watched, report)
 
+    def serve(self, group: Hive) -> None:
+        """Take up the servers of a host of the inventory, in the place of those that it had."""
+        self.hives[_key(group.report.hive)] = group
+        self._settles_by = time.monotonic() + SETTLE_S
+        self.announce()
+
+    def unserve(self, name: str) -> None:
+        """Forget the servers of a host; jobs that run there end well."""
+        self.hives.pop(_key(name), None)
+        self.announce()
+
     def has(self, worker: Worker) -> bool:
         """Return True while this very worker is what its hive reports under its name."""
         hive = self.hives.get(worker.hive)
@@ -144,17 +158,20 @@ class Fleet:
 
     def hive(self, name: str) -> Hive:
         """Return the hive of this name. Raises: NotFound."""
-        if name in self.hives:
+        if name in self.hives and self.hives[name].serves is None:
             return self.hives[name]
+        if any(group.report.hive == name for group in self._groups()) and name not in self.watched:
+            raise NotFound(f"No hive runs on {name!r}, only servers that the inventory names by their address")
         if name in self.watched:
             raise _unreached([self.watched[name]], f"The hive {name!r} has not answered yet")
-        known = ", ".join(sorted({*self.hives, *self.watched})) or "none"
+        known = ", ".join(sorted({*(h.report.hive for h in self.hives.values()), *self.watched})) or "none"
         raise NotFound(f"There is no hive {name!r}; known: {known}")
 
     def models(self) -> dict[str, ModelReport]:
         """Return every model of the hives that can be reached, by name."""
-        hives = [hive for hive in self.hives.values() if not hive.away]
-        return {model.name: model for hive in hives for model in hive.report.models}
+        # A hive, which knows more of a model than that it is there, has the last word.
+        hives = sorted((hive for hive in self.hives.values() if not hive.away), key=lambda hive: hive.serves is None)
+        return {model.name: model for hive in hives for model in hive.report.models if _there(hive, model)}
 
     def candidates(self, model: str, capability: str, features: set[str], wish: str | None) -> list[Candidate]:
         """Return where a job can run: the workers that have the model, else the hives that could start one.
@@ -162,7 +179,7 @@ class Fleet:
         Raises: UnknownModel; NotSupported when the model is there but nothing can do this with it; Busy when it is
         only on machines that cannot be reached at present.
         """
-        hives = [self.hive(wish)] if wish else list(self.hives.values())
+        hives = self._wished(wish) if wish else list(self.hives.values())
         listed = [
             (hive, found) for hive in hives if not hive.away for found in hive.report.models if found.name == model
         ]
@@ -170,14 +187,27 @@ class Fleet:
             raise self._nowhere(model)
         able = [c for hive, found in listed for c in options(hive, found) if can(c, capability, features)]
         if not able:
-            raise cannot(model, listed, capability, features)
+            raise _silent(model, capability, [hive for hive, _ in listed]) or cannot(
+                model, listed, capability, features
+            )
         running = [candidate for candidate in able if candidate.worker]
-        return running or able
+        return spared(running) or able
 
     def views(self) -> list[HiveView]:
         """Return the belief as it may be shown: without tokens."""
         silent = [view_of_silent(watched) for name, watched in self.watched.items() if name not in self.hives]
-        return sorted([*map(view, self.hives.values()), *silent], key=lambda shown: shown.hive)
+        hives = [view(hive) for hive in self.hives.values() if hive.serves is None]
+        shown = {one.hive: one for one in [*hives, *silent]}
+        for group in self._groups():
+            shown[group.report.hive] = view_of_servers(group, shown.get(group.report.hive))
+        return [one for _, one in sorted(shown.items())]
+
+    def _groups(self) -> list[Hive]:
+        return [hive for hive in self.hives.values() if hive.serves is not None]
+
+    def _wished(self, name: str) -> list[Hive]:
+        """Return the hive of this name and the servers of its host. Raises: NotFound."""
+        return [hive for hive in self.hives.values() if hive.report.hive == name] or [self.hive(name)]
 
     def _nowhere(self, model: str) -> RbeeError:
         """Return why no machine has a model: it is on one that is away, or it is not known at all."""
@@ -211,7 +241,7 @@ class Fleet:
             if worker is None or worker.report.started_at != told.started_at or worker.report.access != told.access:
                 front = Upstream(access.url, token=access.token, tls=tls)
                 engine = Upstream(access.engine_url, token=access.token) if access.engine_url else front
-                yield told.name, Worker(report.hive, told, front, engine)
+                yield told.name, Worker(report.hive, told, front, engine, ejection=Ejection(self.announce))
             else:
                 worker.report = told
                 yield told.name, worker
@@ -222,12 +252,36 @@ class Fleet:
         changed.set()
 
     def _remember(self) -> None:
-        urls = {name: hive.report.url for name, hive in self.hives.items() if hive.watched is None}
+        own = {name: hive for name, hive in self.hives.items() if hive.watched is None and hive.serves is None}
+        urls = {name: hive.report.url for name, hive in own.items()}
         paths.write_private(self._path, msgspec.json.encode(urls))
 
 
 def _order(report: HiveReport) -> tuple[float, int]:
     return report.epoch, report.sequence
+
+
+def _key(host: str) -> str:
+    """Return where the servers of a host are kept: beside its hive, under what is no name of a hive."""
+    return f"{host} (servers)"
+
+
+def _there(hive: Hive, model: ModelReport) -> bool:
+    """Return True unless a model is only on servers that do not answer."""
+    return hive.serves is None or any(w.ready and w.report.model == model.name for w in hive.workers.values())
+
+
+def _silent(model: str, capability: str, hives: Iterable[Hive]) -> Busy | None:
+    """Return why servers that could do this do not, if there are any."""
+    down = [
+        worker
+        for hive in hives
+        for worker in hive.workers.values()
+        if hive.serves and worker.report.model == model and not worker.ready
+        if capability in worker.report.capabilities
+    ]
+    why = "; ".join(f"{worker.id}: {worker.report.reason or 'nothing was heard of it yet'}" for worker in down)
+    return Busy(f"No server that has the model {model!r} answers ({why})", retry_after_s=5) if down else None
 
 
 def _listed(hive: Hive | None, model: str) -> bool:

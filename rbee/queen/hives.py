@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import msgspec
 
 from rbee.client import Client
 from rbee.http.upstream import Upstream
+from rbee.inventory.fleet import Host
+from rbee.queen.ejection import Ejection
 from rbee.queen.watched import HiveState, Watched
 from rbee.wire.fleet import HiveReport, HiveView, WorkerReport, WorkerState
 
@@ -34,6 +37,12 @@ class Worker:
     in_flight: int = 0
     lost: bool = False
     ttft_ms: float = 0.0
+    tokens_per_second: float = 0.0
+    ejection: Ejection = field(default_factory=Ejection)
+    upstream_model: str = ""
+    """The model's name there, when it is another."""
+    look: Callable[[], None] | None = None
+    """Has somebody find out how it stands: of servers that no hive reports."""
 
     @property
     def id(self) -> str:
@@ -51,23 +60,36 @@ class Worker:
         A stream comes from the engine as it is; whole answers, and streams that an engine leaves incomplete, are
         completed by the worker's front, which also frees a slot at once where an engine would finish for nobody.
         """
+        if self.engine is self.front:
+            return self.front
         direct = path in DIRECT_PATHS or (stream and path not in COMPLETED_STREAMS)
         return self.engine if direct else self.front
 
 
 @dataclass
 class Hive:
-    """One hive: its last report, when it came, and how to reach it; `watched` when the inventory has it."""
+    """One hive: its last report, when it came, and how to reach it; `watched` when the inventory has it.
+
+    `serves` is set of those that are none: the servers of a host of the inventory, which nobody reports.
+    """
 
     report: HiveReport
     client: Client
     seen_at: float
     watched: Watched | None = None
     workers: dict[str, Worker] = field(default_factory=dict)
+    serves: Host | None = None
+
+    @property
+    def host(self) -> Host | None:
+        """Return its machine's lines in the inventory, if it has any."""
+        return self.watched.host if self.watched else self.serves
 
     @property
     def lost(self) -> bool:
         """Return True when its heartbeats have stopped."""
+        if self.serves is not None:
+            return False
         if self.watched is not None:
             return self.watched.state is HiveState.UNREACHABLE
         return time.monotonic() - self.seen_at > LOST_AFTER_S
@@ -92,6 +114,27 @@ def view(hive: Hive) -> HiveView:
         engines=report.engines,
         models=report.models,
         workers=[msgspec.structs.replace(worker, access=None) for worker in report.workers],
+    )
+
+
+def view_of_servers(group: Hive, host: HiveView | None) -> HiveView:
+    """Return the view of a host with its servers; `host` is what else is known of it."""
+    workers = [worker.report for worker in group.workers.values()]
+    if host is not None:
+        return msgspec.structs.replace(host, workers=[*host.workers, *workers])
+    answers = any(worker.ready for worker in group.workers.values())
+    region, tags = (group.serves.region, group.serves.tags) if group.serves else ("", [])
+    return HiveView(
+        hive=group.report.hive,
+        url="",
+        version="",
+        state="ready" if answers else "unreachable",
+        reason="" if answers else "None of its servers answers",
+        last_report_s=-1.0,
+        region=region,
+        tags=tags,
+        models=group.report.models,
+        workers=workers,
     )
 
 

@@ -6,7 +6,8 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rbee.http.upstream import Answer
@@ -14,10 +15,27 @@ from rbee.queen.access import Caller
 from rbee.queen.client_watch import ClientWatch
 from rbee.queen.hives import Worker
 from rbee.queen.places import Candidate
+from rbee.queen.policy import Policy, Priority
 from rbee.wire.openai import InferenceRequest
 
-TYPES = {"chat": "text-gen", "completion": "text-gen", "embedding": "embedding", "rerank": "rerank"}
+TYPES = {
+    "chat": "text-gen",
+    "completion": "text-gen",
+    "embedding": "embedding",
+    "rerank": "rerank",
+    "image": "image-gen",
+    "transcription": "audio-transcription",
+    "speech": "audio-speech",
+    "video": "video-gen",
+    "moderation": "moderation",
+}
 """What a routing script calls each capability."""
+
+BYTES_A_TOKEN = 4
+"""What a token is taken for where nobody has counted: near enough for English text."""
+
+TOKENS_TO_TELL = 8
+"""From how many tokens on a stream says how fast its worker is."""
 
 _counter = itertools.count(secrets.randbits(24))
 
@@ -37,39 +55,120 @@ class Job:
     caller: Caller
     client: ClientWatch
     hive_wish: str | None = None
-    priority: str = "interactive"
+    priority: Priority = "interactive"
+    region: str = ""
+    """Where it must run; empty: anywhere."""
+    tags: tuple[str, ...] = ()
+    """Words of the client's own, for the routing script."""
     id: str = field(default_factory=new_id)
     received_at: float = field(default_factory=time.monotonic)
     attempts: int = 0
+    queued: bool = False
+    """It waits for its turn in its model's queue."""
+    aside: Callable[[bool], None] | None = None
+    """What lets others of the queue go ahead (True) and takes the turn back (False); None while it has no turn."""
     worker_id: str = ""
+    failed_at: set[str] = field(default_factory=set)
+    """The workers that failed this job."""
+    created_at: float = field(default_factory=time.time)
+    kind: str = "request"
+    metadata: dict[str, str] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    problem: BaseException | None = None
+    answering: bool = False
+    """Something of its answer was shown."""
+    answered: bool = False
+    """Its answer was whole. A job that was never admitted has neither this nor a problem."""
+    on_event: Callable[[str, str], None] | None = None
+    on_end: Callable[[Job, BaseException | None], None] | None = None
+
+    _facts: dict[str, object] | None = field(default=None, repr=False)
 
     @property
     def stream(self) -> bool:
         """Return True when the client asked for an event stream."""
         return bool(self.request.stream)
 
+    @contextmanager
+    def stepped_aside(self) -> Iterator[None]:
+        """Let others of the same queue go ahead while this job waits for something else than a worker's slot."""
+        if self.aside is None:
+            yield
+            return
+        self.aside(True)
+        try:
+            yield
+        finally:
+            self.aside(False)
+
+    def tell(self, event: str, place: str) -> None:
+        """Tell whoever follows this job that it was routed to a place, or started there."""
+        if self.on_event is not None:
+            self.on_event(event, place)
+
+    @property
+    def type(self) -> str:
+        """Return what a routing script calls this kind of job."""
+        return TYPES.get(self.request.capability, self.request.capability)
+
+    @property
+    def tenant(self) -> str:
+        """Return whose job this is; empty where keys name no tenant."""
+        return self.caller.tenant
+
+    def texts(self) -> Iterable[str]:
+        """Return the texts of the prompt in their order, for what is reckoned from them and never kept."""
+        prompt = getattr(self.request, "prompt", None)
+        if isinstance(prompt, str):
+            return [prompt]
+        turns = getattr(self.request, "messages", ())
+        return [turn.content for turn in turns if isinstance(getattr(turn, "content", None), str)]
+
     def record(self) -> dict[str, object]:
         """Return what a routing script may know of this job; never its text."""
-        size = self.request.prompt_bytes()
+        facts = self._facts
+        if facts is None:
+            facts = self._facts = self._record()
+        facts["age_s"] = time.monotonic() - self.received_at
+        facts["attempts"] = self.attempts
+        facts["priority"] = self.priority
+        return facts
+
+    def _record(self) -> dict[str, object]:
+        size, most = self.request.prompt_bytes(), self.request.output_limit() or 0
         return {
             "id": self.id,
-            "type": TYPES.get(self.request.capability, self.request.capability),
+            "type": self.type,
             "capability": self.request.capability,
             "model": self.request.model,
             "priority": self.priority,
-            "customer_tier": "",
-            "tenant": "",
+            "customer_tier": self.caller.policy.tier,
+            "tenant": self.tenant,
             "key": self.caller.id,
-            "tags": [],
-            "metadata": {},
+            "tags": list(self.tags),
+            "metadata": self.metadata or _labels(getattr(self.request, "metadata", None)),
             "prompt_bytes": size,
-            "prompt_tokens": size // 4,
-            "max_tokens": self.request.output_limit() or 0,
+            "prompt_tokens": size // BYTES_A_TOKEN,
+            "max_tokens": most,
+            "max_bytes": most * BYTES_A_TOKEN,
             "stream": self.stream,
-            "age_s": time.monotonic() - self.received_at,
-            "attempts": self.attempts,
-            "region": "",
+            "age_s": 0.0,
+            "attempts": 0,
+            "region": self.region,
         }
+
+
+def _policy(caller: Caller) -> Policy:
+    return caller.policy
+
+
+def _labels(metadata: object) -> dict[str, str]:
+    """Return what a request's own metadata may tell a script: OpenAI's 16 pairs of short texts."""
+    if not isinstance(metadata, dict):
+        return {}
+    pairs = [(key, value) for key, value in metadata.items() if isinstance(value, str) and len(value) <= 512]
+    return {key: value for key, value in pairs[:16] if len(key) <= 64}
 
 
 @dataclass
@@ -79,6 +178,14 @@ class Exchange:
     worker: Worker
     candidate: Candidate
     answer: Answer
+    began_at: float = field(default_factory=time.monotonic)
+
+    def note_speed(self, tokens: int) -> None:
+        """Note how fast a stream of so many tokens came, for the routing script; a short one tells nothing."""
+        took_s = time.monotonic() - self.began_at
+        if tokens >= TOKENS_TO_TELL and took_s > 0:
+            old, new = self.worker.tokens_per_second, tokens / took_s
+            self.worker.tokens_per_second = new if old == 0.0 else 0.8 * old + 0.2 * new
 
     def end(self) -> None:
         """Close the exchange; an answer that is not whole is cancelled at the worker."""

@@ -5,11 +5,13 @@ Admission, routing and dispatch do not know each other; they meet here. Values g
 
 from __future__ import annotations
 
-from rbee.errors import Lost
+from rbee.errors import RbeeError
+from rbee.queen.accounts import ended_row
 from rbee.queen.admission import Admission, Place
 from rbee.queen.dispatch import Dispatch
 from rbee.queen.job import Job, Reply
 from rbee.queen.metrics import Metrics
+from rbee.queen.records import Records
 from rbee.queen.relay import Relay
 from rbee.queen.routing import Routing
 
@@ -21,8 +23,16 @@ class Jobs:
     """The middle of the queen."""
 
     def __init__(
-        self, admission: Admission, routing: Routing, dispatch: Dispatch, relay: Relay, metrics: Metrics
+        self,
+        admission: Admission,
+        routing: Routing,
+        dispatch: Dispatch,
+        relay: Relay,
+        metrics: Metrics,
+        records: Records,
     ) -> None:
+        self.live: dict[str, Job] = {}
+        self._records = records
         self._admission = admission
         self._routing = routing
         self._dispatch = dispatch
@@ -34,7 +44,15 @@ class Jobs:
 
         Raises: RbeeError of every family; ClientGone when nobody waits for the answer any more.
         """
-        place = self._admission.admit(job)
+        self._records.check()
+        # It can be cancelled by its id from here on, while it waits for its turn, too.
+        self.live[job.id] = job
+        job.on_end = self._ended
+        try:
+            place = self._admission.admit(job, self._routing.check)
+        except BaseException:
+            self.live.pop(job.id, None)
+            raise
         try:
             return self._attempt(job, place)
         except BaseException as problem:
@@ -46,10 +64,19 @@ class Jobs:
             job.attempts += 1
             try:
                 ranked = self._routing.rank(job)
+                job.tell("routed", ranked[0].id)
                 exchange = self._dispatch.send(job, ranked)
+                self._routing.served(job)
+                job.tell("started", job.worker_id)
                 return self._relay.reply(job, exchange, place)
-            except Lost:
+            except RbeeError as problem:
                 job.client.check()
-                if job.attempts >= ATTEMPTS:
+                if job.attempts >= ATTEMPTS or not self._dispatch.may_retry(job, problem):
                     raise
                 self._metrics.retried(job)
+
+    def _ended(self, job: Job, problem: BaseException | None) -> None:
+        self.live.pop(job.id, None)
+        job.problem, job.answered = problem, problem is None
+        if job.kind == "request":
+            self._records.ended(ended_row(job, problem))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import os
 import secrets
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from rbee import paths
-from rbee.errors import AccessDenied, NotFound, SetupProblem
+from rbee.errors import AccessDenied, Busy, NotFound, SetupProblem
+from rbee.queen.policy import NO_LIMITS, Policy, policy_of
 
 PREFIX = "rbee_sk_"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -24,6 +28,8 @@ CHECK_CHARS = 6
 
 INFERENCE = "inference"
 ADMIN = "admin"
+METRICS = "metrics"
+SCOPES = (INFERENCE, METRICS, ADMIN)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -31,7 +37,20 @@ CREATE TABLE IF NOT EXISTS keys (
     created_at REAL NOT NULL, expires_at REAL, revoked_at REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS pepper (value BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS policies (
+    key_id TEXT PRIMARY KEY REFERENCES keys (id), policy TEXT NOT NULL
+) STRICT;
 """
+# What a key allows has a table of its own, so that a file of an earlier release opens as it is, and an earlier release
+# can still open this one after a rollback.
+SHOWN = """SELECT id, name, scopes, created_at, expires_at, revoked_at, coalesce(policy, '{}'), digest
+    FROM keys LEFT JOIN policies ON key_id = id"""
+LOCK_TIMEOUT_S = 5.0
+COUNTER_AT, COUNTER_BYTES = 24, 4
+"""Where a database file counts its changes (sqlite.org/fileformat2.html, 1.3.6)."""
+
+Row = tuple[str, str, str, float, float | None, float | None, str, bytes]
+Stamp = tuple[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class Key:
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
+    policy: Policy = NO_LIMITS
 
     @property
     def state(self) -> str:
@@ -57,11 +77,17 @@ class KeyStore:
     """The keys in one SQLite file of mode 0600.
 
     Several programs write it (the queen and the command line), so it keeps a rollback journal: SQLite before 3.51.3
-    can corrupt a WAL that two connections check-point, and keys are written rarely.
+    can corrupt a WAL that two connections check-point, and keys are written rarely. `check` answers from memory; the
+    file's own change counter tells when another program has written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._known: dict[str, tuple[Key, bytes]] = {}
+        self._stamp: Stamp | None = None
+        # Never closed while the file is in place: closing any descriptor of a file drops this process' POSIX locks on
+        # it, those of SQLite too (sqlite.org/howtocorrupt.html, 2.2).
+        self._counter = (0, -1)
         paths.private(path.parent)
         if not path.exists():
             path.touch(mode=0o600)
@@ -72,40 +98,83 @@ class KeyStore:
             self._pepper: bytes = db.execute("SELECT value FROM pepper").fetchone()[0]
 
     def create(
-        self, name: str, *, scopes: frozenset[str] = frozenset({INFERENCE}), expires_at: float | None = None
+        self,
+        name: str,
+        *,
+        scopes: frozenset[str] = frozenset({INFERENCE}),
+        expires_at: float | None = None,
+        policy: Policy = NO_LIMITS,
     ) -> tuple[Key, str]:
         """Make a key and return it with its secret, which cannot be had again."""
-        key = Key(_random(ID_CHARS), name, scopes, time.time(), expires_at)
+        key = Key(_random(ID_CHARS), name, scopes, time.time(), expires_at, None, policy)
         body = key.id + _random(SECRET_CHARS)
         secret = PREFIX + body + _checksum(body)
         with self._open() as db:
             db.execute(
-                "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, NULL)",
+                "INSERT INTO keys (id, name, digest, scopes, created_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)",
                 (key.id, name, self._digest(secret), " ".join(sorted(scopes)), key.created_at, expires_at),
             )
+            _put_policy(db, key)
         return key, secret
 
     def list(self) -> list[Key]:
         """Return every key, the oldest first."""
         with self._open() as db:
-            rows = db.execute(
-                "SELECT id, name, scopes, created_at, expires_at, revoked_at FROM keys ORDER BY created_at"
+            return [_key(row) for row in db.execute(f"{SHOWN} ORDER BY created_at")]
+
+    def get(self, key_id: str) -> Key:
+        """Return one key. Raises: NotFound."""
+        with self._open() as db:
+            return _find(db, key_id)
+
+    def change(
+        self,
+        key_id: str,
+        *,
+        scopes: frozenset[str] | None = None,
+        expires_at: float | msgspec.UnsetType | None = msgspec.UNSET,
+        policy: Mapping[str, object] = {},
+    ) -> Key:
+        """Change what a key allows from the next request on: only what is given. Raises: NotFound, InvalidInput."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")  # two who change one key at once must both be heard
+            old = _find(db, key_id)
+            key = replace(
+                old,
+                scopes=old.scopes if scopes is None else scopes,
+                expires_at=old.expires_at if isinstance(expires_at, msgspec.UnsetType) else expires_at,
+                policy=policy_of({**msgspec.structs.asdict(old.policy), **policy}),
             )
-            return [_key(row) for row in rows]
+            db.execute(
+                "UPDATE keys SET scopes = ?, expires_at = ? WHERE id = ?",
+                (" ".join(sorted(key.scopes)), key.expires_at, key_id),
+            )
+            _put_policy(db, key)
+        return key
 
     def revoke(self, key_id: str) -> Key:
         """Make a key useless from the next request on. Raises: NotFound."""
         with self._open() as db:
             db.execute("UPDATE keys SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?", (time.time(), key_id))
-            row = db.execute(
-                "SELECT id, name, scopes, created_at, expires_at, revoked_at FROM keys WHERE id = ?", (key_id,)
-            ).fetchone()
-        if row is None:
-            raise NotFound(f"There is no key {key_id!r}", hint="rbee key list")
-        return _key(row)
+            return _find(db, key_id)
+
+    def stale(self) -> bool:
+        """Return True when the file has changed since it was read: `reload` before `check`, where waiting is bad."""
+        return self._stamp is None or self._look() != self._stamp
+
+    def reload(self) -> None:
+        """Read every key. Raises: SetupProblem, Busy."""
+        before = self._look()
+        with self._open() as db:
+            rows = db.execute(SHOWN).fetchall()
+        self._known = {row[0]: (_key(row), row[7]) for row in rows}
+        # A change in between is seen at the next look.
+        self._stamp = before
 
     def check(self, secret: str) -> Key:
         """Return the key that `secret` opens. Raises: AccessDenied, never returns an empty identity."""
+        if self.stale():
+            self.reload()
         body = secret.removeprefix(PREFIX)
         shaped = (
             secret.startswith(PREFIX)
@@ -113,23 +182,29 @@ class KeyStore:
             and body.isascii()
             and body[-CHECK_CHARS:] == _checksum(body[:-CHECK_CHARS])
         )
-        row = None
-        if shaped:
-            with self._open() as db:
-                row = db.execute(
-                    "SELECT id, name, scopes, created_at, expires_at, revoked_at, digest FROM keys WHERE id = ?",
-                    (body[:ID_CHARS],),
-                ).fetchone()
+        found = self._known.get(body[:ID_CHARS]) if shaped else None
         # An unknown id takes the same steps as a wrong secret.
-        stored = row[6] if row is not None else b"\0" * 32
-        if not hmac.compare_digest(stored, self._digest(secret[:256])) or row is None:
+        stored = found[1] if found is not None else b"\0" * 32
+        if not hmac.compare_digest(stored, self._digest(secret[:256])) or found is None:
             raise AccessDenied("The API key is not valid", hint="rbee key create NAME, on the queen's machine")
-        key = _key(row[:6])
+        key = found[0]
         if key.state != "active":
             raise AccessDenied(
                 f"The API key {key.id} is {key.state}", hint="rbee key create NAME, on the queen's machine"
             )
         return key
+
+    def _look(self) -> Stamp | None:
+        """Return what changes with every change of the file: which file it is, and its own counter."""
+        try:
+            file = os.stat(self._path).st_ino
+            if self._counter[0] != file:
+                self._counter, (_, old) = (file, os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)), self._counter
+                if old >= 0:
+                    os.close(old)
+            return file, os.pread(self._counter[1], COUNTER_BYTES, COUNTER_AT)
+        except OSError:
+            return None
 
     def _digest(self, secret: str) -> bytes:
         return hmac.new(self._pepper, secret.encode("utf-8", "replace"), hashlib.sha256).digest()
@@ -137,7 +212,7 @@ class KeyStore:
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
-            db = sqlite3.connect(self._path, timeout=5.0)
+            db = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_S)
         except sqlite3.Error as problem:
             raise SetupProblem(f"Cannot open the key file {self._path} ({problem})") from None
         try:
@@ -145,13 +220,28 @@ class KeyStore:
                 db.execute("PRAGMA synchronous = FULL")
                 yield db
         except sqlite3.DatabaseError as problem:
+            if getattr(problem, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise Busy(f"The key file {self._path} is in use by another program") from None
             raise SetupProblem(f"The key file {self._path} cannot be used ({problem})") from None
         finally:
             db.close()
 
 
-def _key(row: tuple[str, str, str, float, float | None, float | None]) -> Key:
-    return Key(row[0], row[1], frozenset(row[2].split()), row[3], row[4], row[5])
+def _key(row: Row) -> Key:
+    policy = policy_of(msgspec.json.decode(row[6]))
+    return Key(row[0], row[1], frozenset(row[2].split()), row[3], row[4], row[5], policy)
+
+
+def _find(db: sqlite3.Connection, key_id: str) -> Key:
+    row = db.execute(f"{SHOWN} WHERE id = ?", (key_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"There is no key {key_id!r}", hint="rbee key list")
+    return _key(row)
+
+
+def _put_policy(db: sqlite3.Connection, key: Key) -> None:
+    text = msgspec.json.encode(key.policy).decode()
+    db.execute("INSERT OR REPLACE INTO policies VALUES (?, ?)", (key.id, text))
 
 
 def _random(length: int) -> str:

@@ -21,9 +21,22 @@ if TYPE_CHECKING:
     from rbee.queen.gitops import Gitops
     from rbee.queen.inventory import FollowedInventory
     from rbee.queen.job import Job
+    from rbee.queen.queueing import Queues
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+TIMINGS = re.compile(rb'"(prompt_n|cache_n|predicted_n)"\s*:\s*(\d{1,12})')
 USAGE = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
+
+
+def read_usage(data: bytes) -> tuple[int, int]:
+    """Return the tokens read and written that an answer tells of, 0 for what it does not."""
+    told = {name: int(value) for name, value in USAGE.findall(data)}
+    if not told and b'"timings"' in data:
+        # llama.cpp counts here even when the client asked for no usage in its stream.
+        timings = {name: int(value) for name, value in TIMINGS.findall(data)}
+        return timings.get(b"prompt_n", 0) + timings.get(b"cache_n", 0), timings.get(b"predicted_n", 0)
+    read = told.get(b"prompt_tokens", told.get(b"input_tokens", 0))
+    return read, told.get(b"completion_tokens", told.get(b"output_tokens", 0))
 
 
 class Metrics:
@@ -62,6 +75,10 @@ class Metrics:
         )
         self.registry.register(_FleetCollector(fleet))
 
+    def show_queues(self, queues: Queues) -> None:
+        """Also tell of those who wait."""
+        self.registry.register(_QueueCollector(queues))
+
     def show(self, inventory: FollowedInventory, gitops: Gitops) -> None:
         """Also tell of the inventory and of the reconciler."""
         self.registry.register(_InventoryCollector(inventory))
@@ -94,11 +111,12 @@ class Metrics:
         """Count a request that never became a job."""
         self._refused.labels(str(status)).inc()
 
-    def count_usage(self, job: Job, data: bytes) -> None:
-        """Read the usage from the end of an answer, where engines put it."""
-        for name, value in dict(USAGE.findall(data[-8192:])).items():
-            direction = "in" if name in (b"prompt_tokens", b"input_tokens") else "out"
-            self._tokens.labels(job.request.model, direction).inc(int(value))
+    def count_usage(self, job: Job, data: bytes, head: bytes = b"") -> None:
+        """Read the usage from the end of an answer, where engines put it; Anthropic's streams tell a part in `head`."""
+        job.prompt_tokens, job.completion_tokens = read_usage(head[:2048] + data[-8192:])
+        for direction, count in (("in", job.prompt_tokens), ("out", job.completion_tokens)):
+            if count:
+                self._tokens.labels(job.request.model, direction).inc(count)
 
     def render(self) -> bytes:
         """Return everything in Prometheus' text format."""
@@ -119,13 +137,32 @@ class _FleetCollector(Collector):
         busy = GaugeMetricFamily("rbee_worker_jobs", "Jobs at a worker.", labels=["hive", "worker", "model"])
         for name in self._fleet.watched.keys() - self._fleet.hives.keys():
             hives.add_metric([name], 0)
-        for name, hive in self._fleet.hives.items():
-            hives.add_metric([name], 0 if hive.lost else 1)
+        ejected = GaugeMetricFamily(
+            "rbee_worker_ejected", "1 while jobs go elsewhere because many failed there.", labels=["hive", "worker"]
+        )
+        for hive in self._fleet.hives.values():
+            name = hive.report.hive
+            if hive.serves is None:
+                hives.add_metric([name], 0 if hive.lost else 1)
             for worker in hive.workers.values():
                 labels = [name, worker.report.name, worker.report.model]
                 workers.add_metric([*labels, str(worker.report.state)], 1)
                 busy.add_metric(labels, worker.in_flight)
-        yield from (hives, workers, busy)
+                ejected.add_metric(labels[:2], int(worker.ejection.ejected))
+        yield from (hives, workers, busy, ejected)
+
+
+class _QueueCollector(Collector):
+    """Counts those who wait for their turn when Prometheus asks."""
+
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        jobs = GaugeMetricFamily("rbee_queue_jobs", "Jobs that wait for their turn.", labels=["model", "priority"])
+        for (model, priority), number in self._queues.counts().items():
+            jobs.add_metric([model, priority], number)
+        yield jobs
 
 
 class _InventoryCollector(Collector):

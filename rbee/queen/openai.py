@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from typing import TYPE_CHECKING
@@ -14,15 +15,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from rbee import __version__
 from rbee.errors import InvalidRequest, UnknownModel
 from rbee.queen import body
+from rbee.queen.access import Caller
 from rbee.queen.client_watch import ClientWatch
-from rbee.queen.job import Job
+from rbee.queen.job import Job, Reply
+from rbee.queen.ledger import owner_of
 from rbee.queen.openapi import document
+from rbee.queen.policy import PRIORITIES, Priority
 from rbee.wire.fleet import NAME_PATTERN, ModelReport
-from rbee.wire.openai import ModelCard, ModelList, decode
+from rbee.wire.openai import InferenceRequest, ModelCard, ModelList, decode
 
 if TYPE_CHECKING:
     from rbee.queen.app import Queen
 
+MAX_REQUEST_TIMEOUT_S = 86_400.0
 STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
 """What keeps proxies from holding a stream back."""
 
@@ -39,22 +44,42 @@ class Inference:
         data = body.read(req)
         request = decode(self._path, data)
         wish = hive_wish(req)
-        client = ClientWatch(req.env.get("gunicorn.socket"))
-        job = Job(self._path, request, data, caller, client, wish)
-        resp.set_header("X-Rbee-Job", job.id)
-        try:
-            reply = self._queen.jobs.run(job)
-        except BaseException:
-            client.close()
-            raise
-        resp.status = reply.status
-        resp.content_type = reply.content_type
-        resp.set_header("X-Rbee-Worker", job.worker_id)
-        if isinstance(reply.body, bytes):
-            resp.data = reply.body
-        else:
-            resp.set_headers(STREAM_HEADERS)
-            resp.stream = reply.body
+        priority = job_priority(req, request, caller)
+        region, tags = region_wish(req), job_tags(req)
+        client = ClientWatch(req.env.get("gunicorn.socket"), request_timeout(req))
+        job = Job(self._path, request, data, caller, client, wish, priority)
+        job.region, job.tags = region, tags
+        answer(self._queen, req, resp, job)
+
+
+def answer(queen: Queen, req: falcon.Request, resp: falcon.Response, job: Job) -> None:
+    """Run a job whose client waits, and put its reply into the response. Raises: whatever the job ends with."""
+    caller, key = job.caller, req.env.get("HTTP_IDEMPOTENCY_KEY")
+    resp.set_header("X-Rbee-Job", job.id)
+    try:
+        reply = queen.patience.reply(job, queen.jobs.run) if key is None else once(queen, job, key)
+    except BaseException:
+        job.client.close()
+        raise
+    finally:
+        if caller.policy.limited:
+            resp.set_headers(queen.admission.limits.headers(caller.id, caller.policy))
+    resp.status = reply.status
+    resp.content_type = reply.content_type
+    resp.set_header("X-Rbee-Job", job.id)
+    resp.set_header("X-Rbee-Worker", job.worker_id)
+    if isinstance(reply.body, bytes):
+        resp.data = reply.body
+    else:
+        resp.set_headers(STREAM_HEADERS)
+        resp.stream = reply.body
+
+
+def once(queen: Queen, job: Job, key: str) -> Reply:
+    """Run a job unless its Idempotency-Key was answered before. Raises: KeyReused, and what the job ends with."""
+    return queen.idempotency.reply(
+        owner_of(job.caller), key, job, lambda first: queen.patience.reply(first, queen.jobs.run)
+    )
 
 
 def hive_wish(req: falcon.Request) -> str | None:
@@ -65,6 +90,56 @@ def hive_wish(req: falcon.Request) -> str | None:
     return wish
 
 
+def request_timeout(req: falcon.Request) -> float | None:
+    """Return the seconds that the client allows for its whole answer, if it says. Raises: InvalidRequest."""
+    told = req.get_header("X-Request-Timeout")
+    if told is None:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_REQUEST_TIMEOUT_S:
+        raise InvalidRequest(
+            f"The header X-Request-Timeout must be seconds, more than 0 and at most {MAX_REQUEST_TIMEOUT_S:g}",
+            param="X-Request-Timeout",
+        )
+    return seconds
+
+
+def job_priority(req: falcon.Request, request: InferenceRequest, caller: Caller) -> Priority:
+    """Return a job's priority: of its body, else of its header, else of its key, which it never exceeds.
+
+    Raises: InvalidRequest.
+    """
+    told = request.priority if isinstance(request.priority, str) else req.get_header("X-Rbee-Priority")
+    if told is None:
+        return caller.policy.priority
+    for priority in PRIORITIES:
+        if told == priority:
+            return caller.policy.urgency(priority)
+    raise InvalidRequest(f"The header X-Rbee-Priority must be one of {', '.join(PRIORITIES)}", param="X-Rbee-Priority")
+
+
+def region_wish(req: falcon.Request) -> str:
+    """Return the region that a job must stay in, if the client names one. Raises: InvalidRequest."""
+    wish = req.get_header("X-Rbee-Region") or ""
+    if wish and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", wish):
+        raise InvalidRequest("The header X-Rbee-Region does not hold a region's name", param="X-Rbee-Region")
+    return wish
+
+
+def job_tags(req: falcon.Request) -> tuple[str, ...]:
+    """Return the words that the client gives the routing script, at most 16. Raises: InvalidRequest."""
+    told = req.get_header("X-Rbee-Tags")
+    if told is None:
+        return ()
+    tags = tuple(word.strip() for word in told.split(",") if word.strip())
+    if len(tags) > 16 or any(len(tag) > 64 for tag in tags):
+        raise InvalidRequest("The header X-Rbee-Tags takes at most 16 words of 64 characters", param="X-Rbee-Tags")
+    return tags
+
+
 class Models:
     """Every model that some hive has."""
 
@@ -72,8 +147,9 @@ class Models:
         self._queen = queen
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self._queen.access.caller(req.env)
-        cards = [card(self._queen, model) for _, model in sorted(self._queen.fleet.models().items())]
+        policy = self._queen.access.caller(req.env).policy
+        models = sorted(self._queen.fleet.models().items())
+        cards = [card(self._queen, model) for name, model in models if policy.allows(name)]
         resp.data = msgspec.json.encode(ModelList(data=cards))
 
 
@@ -84,8 +160,8 @@ class Model:
         self._queen = queen
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        self._queen.access.caller(req.env)
-        models = self._queen.fleet.models()
+        policy = self._queen.access.caller(req.env).policy
+        models = {known: model for known, model in self._queen.fleet.models().items() if policy.allows(known)}
         if name not in models:
             raise UnknownModel(name, difflib.get_close_matches(name, models, n=3, cutoff=0.5), sorted(models))
         resp.data = msgspec.json.encode(card(self._queen, models[name]))
@@ -93,7 +169,8 @@ class Model:
 
 def card(queen: Queen, model: ModelReport) -> ModelCard:
     """Return what a client may know of a model."""
-    hives = [name for name, hive in queen.fleet.hives.items() if any(m.name == model.name for m in hive.report.models)]
+    having = [hive for hive in queen.fleet.hives.values() if any(m.name == model.name for m in hive.report.models)]
+    hives = sorted({hive.report.hive for hive in having})
     loaded = [
         worker.id
         for hive in queen.fleet.hives.values()
@@ -134,15 +211,16 @@ class Health:
 
 
 class MetricsPage:
-    """Prometheus' page."""
+    """Prometheus' page: everything for the operator, its own series for a tenant."""
 
     def __init__(self, queen: Queen) -> None:
         self._queen = queen
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self._queen.access.caller(req.env)
+        tenant = self._queen.access.reader(req.env).tenant
         resp.content_type = CONTENT_TYPE_LATEST.partition(";")[0] + "; version=0.0.4; charset=utf-8"
-        resp.data = self._queen.metrics.render()
+        tenants = self._queen.admission.tenants
+        resp.data = tenants.render(tenant) if tenant else self._queen.metrics.render() + tenants.render()
 
 
 class Schema:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from rbee import __version__
+from rbee.queen import jobs_openapi
 from rbee.wire.errors import ErrorBody
 from rbee.wire.fleet import (
     NAME_PATTERN,
@@ -51,6 +52,7 @@ REFUSALS = {
     "404": "No such model or thing",
     "405": "The path does not take this method",
     "408": "The body did not arrive in time",
+    "409": "The Idempotency-Key was used for another request",
     "413": "The body is over 4 MiB",
     "429": "The routing script turned the job away",
     "500": "An internal error",
@@ -75,11 +77,13 @@ def document() -> Json:
         HiveReport,
         WorkerReport,
     ]
+    types += jobs_openapi.TYPES
     types += [SpawnWorker, AddModel, ModelReport]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     refs = dict(zip(types, schemas, strict=True))
     error = refs[ErrorBody]
     paths: Json = {path: {"post": _inference(path, type_, refs, error)} for path, type_ in REQUESTS.items()}
+    paths |= jobs_openapi.jobs_paths(refs, _refusals(error))
     paths |= _reads(refs, error) | _control(refs, error)
     return {
         "openapi": "3.1.0",
@@ -117,7 +121,14 @@ def _inference(path: str, type_: type[InferenceRequest], refs: dict[type, Json],
                 "required": False,
                 "description": "Run the job on this hive and on no other",
                 "schema": NAME,
-            }
+            },
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "description": "The same request with the same key has one execution and one answer, for 24 hours",
+                "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+            },
         ],
         "requestBody": {"required": True, "content": {"application/json": media}},
         "responses": {"200": {"description": "The answer", "content": content}, **_refusals(error)},

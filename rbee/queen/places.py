@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rbee.errors import NotSupported, RbeeError
+from rbee.inventory.fleet import Host
 from rbee.queen.hives import Hive, Worker
 from rbee.wire.fleet import EngineReport, ModelReport, WorkerState
 
@@ -27,6 +28,7 @@ class Candidate:
     device: str = "cpu"
     region: str = ""
     tags: tuple[str, ...] = ()
+    host: Host | None = None
 
     @property
     def id(self) -> str:
@@ -37,7 +39,7 @@ class Candidate:
 def options(hive: Hive, model: ModelReport) -> list[Candidate]:
     """Return the workers that have a model, and one start for each engine that loads it, the preferred first."""
     engines = {engine.name: engine for engine in hive.report.engines}
-    host = hive.watched.host if hive.watched else None
+    host = hive.host
     region, tags = (host.region, tuple(host.tags)) if host else ("", ())
     found = [
         Candidate(
@@ -48,14 +50,17 @@ def options(hive: Hive, model: ModelReport) -> list[Candidate]:
             w.report.device,
             region,
             tags,
+            host,
         )
         for w in hive.workers.values()
         if w.report.model == model.name and w.report.state in (WorkerState.READY, WorkerState.STARTING) and not w.lost
     ]
+    if hive.serves is not None:
+        return found
     usable = [engine for engine in engines.values() if not engine.problem and _loads(engine, model)]
     device = hive.report.devices[0].kind if hive.report.devices else "cpu"
     found += [
-        Candidate(hive.report.hive, model, engine, None, device, region, tags)
+        Candidate(hive.report.hive, model, engine, None, device, region, tags, host)
         for engine in sorted(usable, key=_preference)
     ]
     return [] if model.problem else found

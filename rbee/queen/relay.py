@@ -6,17 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rbee.errors import RbeeError, ShuttingDown, TimedOut, WorkerLost
-from rbee.http.upstream import Answer
+from rbee.errors import Lost, RbeeError, ShuttingDown, TimedOut, Unreachable, WorkerLost
 from rbee.queen.admission import Place
 from rbee.queen.client_watch import ClientGone
+from rbee.queen.health import answers, failed, is_fault, is_full
+from rbee.queen.hives import Worker
 from rbee.queen.job import Exchange, Job, Reply
 from rbee.queen.metrics import Metrics
-from rbee.wire.errors import decode_error, encode_error
+from rbee.queen.waiting import error_event
+from rbee.wire.errors import decode_error
 
 PING = b": ping\n\n"
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 CUT_BEFORE_END_S = 2.0
+STALLED_S = 30.0
+"""A silence after which a worker must show that it lives; on a slow machine, a long prompt of another job is one."""
 
 
 class Relay:
@@ -31,12 +35,14 @@ class Relay:
         metrics: Metrics,
         *,
         ping_s: float,
+        first_byte_timeout_s: float,
         silence_timeout_s: float,
         drain_s: float,
         draining_since: Callable[[], float | None],
     ) -> None:
         self._metrics = metrics
         self._ping_s = ping_s
+        self._first_byte_timeout_s = first_byte_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._drain_s = drain_s
         self._draining_since = draining_since
@@ -47,13 +53,15 @@ class Relay:
         A whole answer is read to its end before the client sees any of it, so that a worker that dies in the middle
         of it can be replaced. Raises: UpstreamError for what the engine refused, WorkerLost, ClientGone.
         """
-        answer = exchange.answer
+        answer, worker = exchange.answer, exchange.worker
         streams = answer.headers.get("content-type", "").startswith("text/event-stream")
         try:
             if answer.status >= 400:
-                raise decode_error(answer.status, self._whole(job, answer))
-            body = self._first(job, answer) if streams else self._whole(job, answer)
+                raise self._refusal(job, exchange)
+            body = self._first(job, exchange) if streams else self._whole(job, exchange)
+            worker.ejection.began()
         except BaseException:
+            worker.ejection.dropped()
             self._end(exchange)
             raise
         content_type = answer.headers.get("content-type", "application/json")
@@ -61,59 +69,97 @@ class Relay:
         if streams:
             return Reply(answer.status, content_type, Stream(self, job, exchange, place, body))
         self._end(exchange)
+        worker.ejection.succeeded()
         self._metrics.count_usage(job, body)
         place.leave()
         return Reply(answer.status, content_type, body)
 
-    def _whole(self, job: Job, answer: Answer) -> bytes:
-        try:
-            return answer.read(MAX_ANSWER_BYTES, self._silence_timeout_s)
-        except WorkerLost:
-            job.client.check()
-            raise
+    def _refusal(self, job: Job, exchange: Exchange) -> RbeeError:
+        """Return what an error answer says, and note what it says of the worker."""
+        answer, worker = exchange.answer, exchange.worker
+        problem = decode_error(answer.status, self._whole(job, exchange))
+        if answer.status in (401, 403) and worker.look is not None:
+            # It is the queen's key: the client, whose own is good, must not read that it is not.
+            failed(job, worker)
+            worker.look()
+            return Unreachable(f"{worker.id} refuses the queen's API key", hint="the key-file of its Worker line")
+        if is_fault(problem, answer.headers.get("retry-after")):
+            failed(job, worker)
+        elif is_full(problem):
+            job.failed_at.add(worker.id)
+        return problem
 
-    def _first(self, job: Job, answer: Answer) -> bytes:
+    def _whole(self, job: Job, exchange: Exchange) -> bytes:
+        # An engine may send the head of a whole answer long before the rest.
         try:
-            return answer.next(self._silence_timeout_s)
+            return exchange.answer.read(MAX_ANSWER_BYTES, self._first_byte_timeout_s)
+        except Lost:
+            job.client.check()
+            failed(job, exchange.worker)
+            raise
+        except ValueError as problem:
+            raise WorkerLost(str(problem)) from None
+
+    def _first(self, job: Job, exchange: Exchange) -> bytes:
+        try:
+            return exchange.answer.next(self._first_byte_timeout_s)
         except TimeoutError:
+            failed(job, exchange.worker)
             raise TimedOut(f"{job.worker_id} began an answer but sent nothing of it") from None
         except WorkerLost:
             job.client.check()
+            failed(job, exchange.worker)
             raise
 
-    def chunks(self, job: Job, answer: Answer, first: bytes) -> Iterator[bytes]:
+    def chunks(self, job: Job, exchange: Exchange, first: bytes) -> Iterator[bytes]:
         """Yield an event stream to its end; comments fill its silences, a typed event tells of a failure."""
-        tail = first
-        yield first
-        silent_since = time.monotonic()
+        answer, tail = exchange.answer, first
+        # Whoever has only the stream can still ask for the job; clients of event streams ignore comments.
+        yield b": job %s\n\n%s" % (job.id.encode(), first)
+        heard_at = alive_at = time.monotonic()
         try:
             while True:
                 try:
                     data = answer.next(self._ping_s)
                 except TimeoutError:
-                    self._check_end(silent_since)
+                    self._check_end(heard_at)
+                    alive_at = self._check_alive(exchange.worker, alive_at)
                     yield PING
                     continue
                 if not data:
                     break
                 tail = (tail + data)[-8192:] if len(data) < 8192 else data[-8192:]
-                silent_since = time.monotonic()
                 yield data
-                self._check_end(silent_since)
-        except RbeeError as problem:
-            job.client.check()
+                # After the yield: the time that a slow reader took is no silence of the worker's.
+                heard_at = alive_at = time.monotonic()
+                self._check_end(heard_at)
+        except RbeeError as found:
+            problem = job.client.why(found)
+            if isinstance(found, Lost) and problem is found:
+                failed(job, exchange.worker)
             self._metrics.broken(job, problem)
-            yield _error_event(job, problem)
-            raise
-        self._metrics.count_usage(job, tail)
+            yield error_event(job, problem)
+            raise problem from None
+        exchange.worker.ejection.succeeded()
+        self._metrics.count_usage(job, tail, first)
+        exchange.note_speed(job.completion_tokens)
 
-    def _check_end(self, silent_since: float) -> None:
+    def _check_end(self, heard_at: float) -> None:
         now = time.monotonic()
-        if now - silent_since > self._silence_timeout_s:
+        if now - heard_at > self._silence_timeout_s:
             raise TimedOut(f"The worker was silent for {self._silence_timeout_s:g} s")
         since = self._draining_since()
         if since is not None and now - since > self._drain_s - CUT_BEFORE_END_S:
             raise ShuttingDown("The queen is shutting down; this answer is not whole", retry_after_s=5)
+
+    @staticmethod
+    def _check_alive(worker: Worker, alive_at: float) -> float:
+        """Return when a silent worker last showed that it lives; asked once in `STALLED_S`. Raises: TimedOut."""
+        if time.monotonic() - alive_at <= STALLED_S:
+            return alive_at
+        if not answers(worker):
+            raise TimedOut(f"{worker.id} was silent for {STALLED_S:g} s, and does not answer any more")
+        return time.monotonic()
 
     @staticmethod
     def _end(exchange: Exchange) -> None:
@@ -125,7 +171,7 @@ class Stream:
     """The body of a streamed reply. `close` ends the job at the worker, also when nothing was read of it."""
 
     def __init__(self, relay: Relay, job: Job, exchange: Exchange, place: Place, first: bytes) -> None:
-        self._chunks = relay.chunks(job, exchange.answer, first)
+        self._chunks = relay.chunks(job, exchange, first)
         self._exchange: Exchange | None = exchange
         self._relay = relay
         self._place = place
@@ -159,11 +205,3 @@ class Stream:
             self._chunks.close()  # type: ignore[attr-defined]  # a generator
         self._relay._end(exchange)
         self._place.leave(self._problem)
-
-
-def _error_event(job: Job, problem: RbeeError) -> bytes:
-    if job.request.dialect == "anthropic":
-        return b"event: error\ndata: " + encode_error(problem, anthropic=True) + b"\n\n"
-    if job.path == "/v1/responses":
-        return b"event: error\ndata: " + encode_error(problem) + b"\n\n"
-    return b"data: " + encode_error(problem) + b"\n\n"

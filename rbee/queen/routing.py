@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import gevent
 from gevent.event import Event
 
-from rbee.errors import Busy, NotFound, NotSupported, UnknownModel
+from rbee.errors import Busy, NotFound, NotSupported, RbeeError, UnknownModel
+from rbee.queen.decisions import DecisionLog
 from rbee.queen.fleet import Fleet
 from rbee.queen.job import Job
+from rbee.queen.placement import objection
 from rbee.queen.places import Candidate
-from rbee.queen.script import RoutingScript
+from rbee.queen.prefixes import PrefixIndex, prefix_hashes
+from rbee.queen.script import Explanation, RoutingScript
+from rbee.queen.view import Place, Query, View
+
+MAX_VIEWS = 256
 
 
 class Routing:
     """Ranks the places for a job; waits, bounded, while the script chooses none."""
 
-    def __init__(self, fleet: Fleet, script: RoutingScript, *, choice_timeout_s: float) -> None:
+    def __init__(
+        self, fleet: Fleet, script: RoutingScript, *, choice_timeout_s: float, decisions: DecisionLog | None = None
+    ) -> None:
         self._fleet = fleet
         self._script = script
         self._timeout_s = choice_timeout_s
+        self._decisions = decisions
+        self._views: dict[Query, View] = {}
+        self._prefixes = PrefixIndex()
 
     def rank(self, job: Job) -> list[Candidate]:
         """Return the chosen places, the first choice first.
@@ -28,23 +40,83 @@ class Routing:
         Raises: UnknownModel, NotSupported, ClientGone, Busy when no place can be reached or was chosen in time.
         """
         deadline = time.monotonic() + self._timeout_s
+        query = query_of(job)
         while True:
             changed = self._fleet.changed
-            places = self._places(job)
-            if places:
-                chosen = self._script.rank(job.record(), [record(place) for place in places])
+            view = self._able(query)
+            if view is not None:
+                others = view.without(job.failed_at) if job.failed_at else None
+                chosen = (others and self._choose(job, others)) or self._choose(job, view)
                 if chosen:
-                    return [places[index] for index in chosen]
+                    return chosen
             self._wait(job, changed, deadline - time.monotonic())
 
-    def _places(self, job: Job) -> list[Candidate]:
-        request = job.request
+    def check(self, job: Job) -> None:
+        """Refuse a job that no place could ever run. Raises: UnknownModel, NotSupported, Busy."""
+        self._able(query_of(job))
+
+    def explain(self, query: Query, task: Mapping[str, object]) -> tuple[View, Explanation]:
+        """Decide for a job that is only described, and tell how. Raises: UnknownModel, NotSupported, Busy."""
+        view = self._view(query)
+        return view, self._script.explain(task, view.frozen())
+
+    def served(self, job: Job) -> None:
+        """Note which worker was sent a job, which now has the prompt's start in its cache."""
+        if job.worker_id and self._script.reads_prefixes:
+            self._prefixes.learn(_hashes(job), job.worker_id)
+
+    def refused(self, query: Query) -> dict[str, str]:
+        """Return the places that the script is not shown, by id, and why. Raises as `explain`."""
+        places = self._places(query)
+        found = {place.candidate.id: objection(query.region, query.tenant, place.host) for place in places}
+        return {place_id: why for place_id, why in found.items() if why}
+
+    def _choose(self, job: Job, view: View) -> list[Candidate]:
+        prefixes = self._prefixes.match(_hashes(job)) if self._script.reads_prefixes else {}
+        task, frozen = job.record(), view.frozen(prefixes)
+        decision = self._script.decide(task, frozen)
+        chosen = [view.places[index] for index in decision.indices]
+        if self._decisions is not None:
+            self._decisions.note(task, view.query, frozen, [place.id for place in chosen], decision.by)
+        return chosen
+
+    def _able(self, query: Query) -> View | None:
+        """Return where a job may run, or None while a hive is still finding out what it has."""
         try:
-            return self._fleet.candidates(request.model, request.capability, request.needs(), job.hive_wish)
+            return self._view(query)
         except (UnknownModel, NotSupported, NotFound, Busy):
             if self._fleet.settled:
                 raise
-            return []
+            return None
+
+    def _view(self, query: Query) -> View:
+        view = self._views.get(query)
+        if view is not None and view.fresh(self._fleet):
+            return view
+        changed = self._fleet.changed
+        places = self._places(query)
+        # The script is shown none that policy forbids: one that asks only for the least busy must not be refused.
+        allowed = [place for place in places if not objection(query.region, query.tenant, place.host)]
+        if not allowed:
+            raise self._nowhere(query, places)
+        if len(self._views) >= MAX_VIEWS:
+            self._views.clear()
+        self._views[query] = view = View(query, allowed, changed, view)
+        return view
+
+    def _places(self, query: Query) -> list[Place]:
+        found = self._fleet.candidates(query.model, query.capability, set(query.needs), query.hive)
+        hosts = {hive.report.hive: hive.host for hive in self._fleet.hives.values()}
+        return [Place(one, self._fleet.hives.get(one.hive), hosts.get(one.hive)) for one in found]
+
+    def _nowhere(self, query: Query, places: list[Place]) -> RbeeError:
+        # The names of machines, which may be another tenant's, are not the client's business.
+        why = "; ".join(sorted({objection(query.region, query.tenant, place.host) for place in places}))
+        message = f"No machine that has the model {query.model!r} may run this job ({why})"
+        hosts = [watched.host for watched in self._fleet.watched.values() if watched.away]
+        if any(not objection(query.region, query.tenant, host) for host in hosts):
+            return Busy(f"{message}; one that may is out of reach", retry_after_s=5)
+        return NotSupported(message, hint="Region and RbeeTenant in the inventory", param="model")
 
     def _wait(self, job: Job, changed: Event, left_s: float) -> None:
         if left_s <= 0:
@@ -53,36 +125,17 @@ class Routing:
                 retry_after_s=5,
                 hint=f"the conditions in {self._script.source}",
             )
-        gevent.wait([changed, job.client.gone], timeout=min(left_s, 1.0), count=1)
+        with job.stepped_aside():
+            gevent.wait([changed, job.client.gone], timeout=min(left_s, 1.0), count=1)
         job.client.check()
 
 
-def record(place: Candidate) -> dict[str, object]:
-    """Return what a routing script may know of a place."""
-    worker, model = place.worker, place.model
-    slots = worker.report.slots if worker else 1
-    in_flight = worker.in_flight if worker else 0
-    return {
-        "id": place.id,
-        "hive": place.hive,
-        "model": model.name,
-        "backend": place.device,
-        "engine": place.engine.name,
-        "capability": (model.capabilities or place.engine.capabilities or [""])[0],
-        "gpu_type": "",
-        "gpus": 0 if place.device == "cpu" else 1,
-        "vram_total": 0,
-        "vram_free": 0,
-        "slots": slots,
-        "in_flight": in_flight,
-        "queue": max(0, in_flight - slots),
-        "load": in_flight / max(1, slots),
-        "tokens_per_second": 0.0,
-        "ttft_ms": worker.ttft_ms if worker else 0.0,
-        "loaded": bool(worker and worker.ready),
-        "state": str(worker.report.state) if worker else "stopped",
-        "region": place.region,
-        "tags": list(place.tags),
-        "price": 0.0,
-        "prefix_match": 0.0,
-    }
+def query_of(job: Job) -> Query:
+    """Return what decides where a job can run."""
+    request = job.request
+    needs = frozenset(request.needs())
+    return Query(request.model, request.capability, needs, job.hive_wish, job.region, job.tenant)
+
+
+def _hashes(job: Job) -> list[int]:
+    return prefix_hashes(job.texts(), salt=job.request.model)

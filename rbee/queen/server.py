@@ -10,11 +10,14 @@ replaced costs no loaded model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,18 +33,28 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.ggevent import GeventWorker
 
 from rbee import __version__, paths
-from rbee.errors import PortInUse, RbeeError, SetupProblem
+from rbee.errors import Busy, PortInUse, RbeeError, SetupProblem
+from rbee.http.upstream import notice_silence
 from rbee.lifeline import die_with_parent
 from rbee.notify import Notifier
 from rbee.queen.arguments import parse, settings_of
 from rbee.queen.hive_process import HiveProcess
+from rbee.queen.jwt_tokens import read_jwt_settings
 from rbee.queen.settings import Settings
+from rbee.wire.errors import encode_error
 from rbee.wire.fleet import QueenRecord
 
 log = logging.getLogger("rbee.queen")
 
 RECORD = "queen.json"
 EPHEMERAL_PREFIX = "rbee-ephemeral-"
+MAX_CONNECTIONS = 4096
+REFUSING = 64
+"""Connections beyond the limit that are told so at the same time; further ones wait to be accepted."""
+DESCRIPTORS = 4 * MAX_CONNECTIONS
+OTHER_DESCRIPTORS = 128
+NOTHING_TAKEN_S = 30.0
+"""How long a client may take nothing of its answer (RFC 5482) before its connection is cut."""
 
 
 def main() -> None:
@@ -66,6 +79,7 @@ def run(settings: Settings) -> None:
     """Listen, keep a hive, serve. Returns by SystemExit. Raises: PortInUse, SetupProblem."""
     assert monkey.is_module_patched("ssl"), "gevent must patch before anything else is imported"
     _check_port(settings)
+    read_jwt_settings(settings.jwt_path)  # what is wrong with it is said here, before there is a server process
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     QueenArbiter(QueenApplication(settings)).run()
 
@@ -87,7 +101,7 @@ class QueenApplication(BaseApplication):
             "bind": f"{host}:{settings.port}",
             "workers": 1,
             "worker_class": ServerProcess,
-            "worker_connections": 1000,
+            "worker_connections": MAX_CONNECTIONS + REFUSING,
             "timeout": 30,
             "graceful_timeout": round(settings.drain_s),
             "keepalive": 75,
@@ -178,11 +192,17 @@ class ServerProcess(GeventWorker):
 
     current: ServerProcess | None = None
     _told_at: float | None = None
+    _connected = 0
+    _limit = MAX_CONNECTIONS
     _idle: dict[gevent.Timeout, Any]
+    _ending: set[gevent.Timeout]
 
     def init_process(self) -> None:
         ServerProcess.current = self
         self._idle = {}
+        self._ending = set()
+        self._connected = 0
+        self._limit = connection_limit()
         die_with_parent(self.ppid, signal.SIGTERM)
         super().init_process()
 
@@ -196,6 +216,40 @@ class ServerProcess(GeventWorker):
         super().notify()
         if not self.alive:
             self._end_idle_soon()
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve one connection to its end; one too many takes the place of an idle one, or is told so."""
+        self._connected += 1
+        try:
+            if self._connected > self._limit and not self._end_longest_idle():
+                refuse(client, f"{self._limit} connections are open, which is the limit")
+                return
+            # The kernel tells a reader that takes nothing from one that is slow; a time for each write could not.
+            notice_silence(client, NOTHING_TAKEN_S)
+            super().handle(listener, client, addr)
+        finally:
+            self._connected -= 1
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        try:
+            return super().handle_request(listener_name, req, sock, addr)
+        except TimeoutError:
+            log.info("cut the connection of %s, which took nothing for %g s", addr, NOTHING_TAKEN_S)
+            raise ConnectionResetError(errno.ECONNRESET, "the client takes nothing") from None
+
+    def _end_longest_idle(self) -> bool:
+        """Close the connection that has waited longest for a request. Return False when every one carries a job."""
+        longest = next((timeout for timeout in self._idle if timeout not in self._ending), None)
+        if longest is not None:
+            self._ending.add(longest)
+            gevent.get_hub().loop.run_callback(self._end_one, longest)
+        return longest is not None
+
+    def _end_one(self, timeout: gevent.Timeout) -> None:
+        self._ending.discard(timeout)
+        # A request may have come in the meantime.
+        if timeout in self._idle:
+            self._idle[timeout].throw(timeout)
 
     @contextlib.contextmanager
     def timeout_ctx(self) -> Iterator[None]:  # type: ignore[override]  # the stubs take gunicorn's abstract one for all
@@ -237,10 +291,37 @@ class ServerProcess(GeventWorker):
         self.log.debug("refused a request from %s: %r", addr, problem)
 
 
+def connection_limit() -> int:
+    """Return how many clients this process has descriptors for, after it asked for as many as it may have.
+
+    A client takes two: its own connection, and the one to the worker that answers it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # macOS refuses what is over a limit of its own.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(16, min(MAX_CONNECTIONS, (soft - OTHER_DESCRIPTORS) // 2))
+
+
+def refuse(client: Any, why: str) -> None:
+    """Answer 503 on a connection of which no request was read."""
+    body = encode_error(Busy(why, retry_after_s=1))
+    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json"
+    with contextlib.suppress(OSError):
+        client.settimeout(1.0)
+        client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        # A close with unread bytes resets the connection, and the answer is lost with it (RFC 9112, 9.6).
+        client.shutdown(socket.SHUT_WR)
+        client.recv(65536)
+
+
 def _check_port(settings: Settings) -> None:
     """Look before gunicorn does, which would try for five seconds and say so in its own words."""
-    from gevent import socket
-
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -38,6 +38,16 @@ def encode_error(error: RbeeError, *, anthropic: bool = False) -> bytes:
     return msgspec.json.encode(ErrorBody(error=detail, type="error" if anthropic else msgspec.UNSET))
 
 
+def detail_of(error: RbeeError) -> ErrorDetail:
+    """Return what is told of an error, as OpenAI's API has it."""
+    return ErrorDetail(message=str(error), type=error.type, param=error.param, code=error.code)
+
+
+def encode_detail(detail: ErrorDetail) -> str:
+    """Return an error as JSON text for a record."""
+    return msgspec.json.encode(detail).decode()
+
+
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -64,6 +64,8 @@ class InferenceRequest(Struct, kw_only=True):
 
     model: ModelName
     stream: bool | None = None
+    # vLLM has a number of this name, which is between the client and the engine.
+    priority: Literal["interactive", "normal", "batch"] | int | None = None
     # Never taken from a client: they reach into the engine's memory or its other jobs.
     n_discard: None = None
     id_slot: None = None
@@ -101,6 +103,7 @@ class Generation(InferenceRequest, kw_only=True):
     logit_bias: LogitBias | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
+    metadata: dict[str, Any] | None = None
 
     def output_limit(self) -> int | None:
         return self.max_tokens

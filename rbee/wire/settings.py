@@ -17,6 +17,7 @@ from rbee.errors import SetupProblem
 from rbee.wire.fleet import Count, Name, WorkerName
 
 T = TypeVar("T", bound=Struct)
+Days = Annotated[float, Meta(gt=0, le=36_500)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -86,6 +87,14 @@ class QueenSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The reconciler's folder, with its `status.json`; a file `sync` made there wakes it."""
     require_key: bool = False
     """Ask for a key on the loopback address too; from anywhere else one is always needed."""
+    keep_jobs_days: Days = 30.0
+    """How long it can be asked what became of a job."""
+    keep_results_days: Days = 7.0
+    """How long the answers of jobs and batches are kept, and the files that clients sent."""
+    keep_usage_days: Days = 400.0
+    """How long the tokens that each key used are kept."""
+    platform: bool = False
+    """Take the routing script from the operator's API only; the inventory's is not read."""
 
 
 class GitopsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -77,13 +77,17 @@ pub fn to_rhai(engine: &Engine, value: &Bound<'_, PyAny>, name: &str) -> PyResul
     Thaw::new(engine).value(value, &Place::root(Step::Name(name)))
 }
 
-/// Convert a sequence of mappings to a list of records.
+/// Convert a sequence of mappings to a list of records. A record that is frozen already is shared, not converted.
 pub fn to_records(records: &Bound<'_, PyAny>) -> PyResult<List> {
     let root = Place::root(Step::Name("records"));
     let mut freezer = Freezer::default();
     let mut items = Vec::new();
     for (index, record) in records.try_iter()?.enumerate() {
         let record = record?;
+        if let Ok(known) = record.cast::<PyRecord>() {
+            items.push(Dynamic::from(known.get().0.at(index)));
+            continue;
+        }
         let place = root.enter(records, Step::Index(index))?;
         let Some(pairs) = mapping_items(&record)? else {
             let message = format!("{} is a {}, not a mapping", place.path(), type_name(&record));

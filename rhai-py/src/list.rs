@@ -177,6 +177,19 @@ mod arrays {
     pub fn last(array: &mut Array) -> Dynamic {
         array.last().cloned().unwrap_or_default()
     }
+    /// Sorts in place, as Rhai does, and also gives the array, so that calls can be chained as on frozen lists.
+    #[rhai_fn(name = "sort_by", return_raw)]
+    pub fn sort_array_with(ctx: NativeCallContext, array: &mut Array, compare: FnPtr) -> Fallible<Array> {
+        let sorted = if takes(&ctx, &compare, 1) {
+            let mut key = Callable::new(&ctx, &compare);
+            sorted_by(array, |i, item| key.call(item, i))?
+        } else {
+            let mut compare = PairCallable::new(&ctx, &compare);
+            merge_sort(array.clone(), &mut |a, b| precedes(&compare.call(a.clone(), b.clone())?))?
+        };
+        array.clone_from(&sorted);
+        Ok(sorted)
+    }
     #[rhai_fn(name = "sort_by", name = "order_by", return_raw, pure)]
     pub fn sort_by_field(array: &mut Array, field: &str) -> Fallible<Array> {
         sorted_by(array, |_, item| field_of(item, field))

@@ -54,6 +54,18 @@ impl Record {
         self.0.index
     }
 
+    /// This record at a place of a list: itself where that is its place, else a copy that has it.
+    pub fn at(&self, index: usize) -> Self {
+        if self.0.index == Some(index) {
+            return self.clone();
+        }
+        Self(Arc::new(Fields {
+            index: Some(index),
+            shape: self.0.shape.clone(),
+            values: self.0.values.clone(),
+        }))
+    }
+
     pub fn get(&self, name: &str) -> Option<&Dynamic> {
         self.0.shape.slot(name).map(|slot| &self.0.values[slot])
     }

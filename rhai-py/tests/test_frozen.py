@@ -162,6 +162,23 @@ def test_sorting_leaves_the_list_as_it_was(evaluate: Callable[..., Any], workers
     assert ids(evaluate('let s = a.sort_by("load"); [a.first(), s.first()]', workers)) == "w0 w1"
 
 
+@pytest.mark.parametrize("sort", ["sort_by(|w| w.load)", "sort_by(|a, b| a.load - b.load)", 'sort_by("load")'])
+def test_sorting_an_array_can_be_chained(evaluate: Callable[..., Any], workers: rhai.Frozen, sort: str) -> None:
+    kept = "a.filter(|w| w.load != ()).map(|w| w)"
+    assert evaluate(f"{kept}.{sort}.first()", workers)["id"] == "w1"
+    assert evaluate(f"let m = {kept}; m.sort_by(|w| w.load); m[0]", workers)["id"] == "w1"
+    assert evaluate(f"{kept}.filter(|w| false).{sort}.first()", workers) is None
+
+
+def test_freezing_again_shares_what_is_frozen(evaluate: Callable[..., Any], workers: rhai.Frozen) -> None:
+    changed = {**WORKERS[1], "load": 0.9}
+    again = rhai.freeze([workers[0], changed, workers[3]])
+    assert again[0] == workers[0]
+    assert (again[2].index, again[2]["id"], workers[3].index) == (2, "w3", 3)
+    assert evaluate('a.max_by("load")', again).index == 1
+    assert evaluate('a.filter(|w| w.hive == "old").first()', again).index == 2
+
+
 def test_later_change_of_the_source_does_not_show(evaluate: Callable[..., Any]) -> None:
     source = [{"n": 1}]
     frozen = rhai.freeze(source)

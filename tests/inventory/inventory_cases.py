@@ -94,7 +94,7 @@ class Case:
 DEFAULTS = {"port": 22, "hive_port": 7835, "queen_port": 0, "gpus": [], "tags": [], "wave": 0, "python": "python3",
             "run_as": "rbee", "context_tokens": 0, "slots": 0, "threads": 0, "pin": False, "idle_s": 0.0,
             "start_limit_s": 0.0, "memory_bytes": 0, "options": {}, "interval_s": 60.0, "require_signed": False,
-            "user": "vince", "branch": "main", "path": "inventory"}  # fmt: skip
+            "user": "vince", "branch": "main", "path": "inventory", "price": 0.0, "capabilities": []}  # fmt: skip
 
 
 def lay_out(file: Path, root: Path) -> tuple[Case, dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from rbee.errors import AccessDenied, Forbidden
 from rbee.queen.access import LOCAL, OPERATOR, Access
-from rbee.queen.keys import ADMIN, INFERENCE, KeyStore
+from rbee.queen.keys import ADMIN, INFERENCE, METRICS, KeyStore
 from rbee.queen.settings import Settings
 
 HERE = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost:7833"}
@@ -97,3 +97,13 @@ def test_only_a_hive_reports(access: Access) -> None:
     with pytest.raises(AccessDenied):
         access.hive(HERE)
     assert access.hive({**HERE, "HTTP_AUTHORIZATION": "Bearer " + "h" * 32}).name == "hive"
+
+
+def test_a_key_for_metrics_reads_them_and_uses_no_model(access: Access, keys: KeyStore) -> None:
+    _, secret = keys.create("prometheus", scopes=frozenset({METRICS}))
+    environ = {**AWAY, "HTTP_AUTHORIZATION": f"Bearer {secret}"}
+    assert access.reader(environ).name == "prometheus"
+    with pytest.raises(Forbidden):
+        access.caller(environ)
+    with pytest.raises(AccessDenied):
+        access.reader(AWAY)

@@ -10,73 +10,21 @@ import pytest
 
 from rbee.errors import InvalidScript, Refused
 from rbee.queen import script as script_module
-from rbee.queen.script import RoutingScript, compile_script
+from rbee.queen.script import RoutingScript, compile_script, freeze
 
-CONSUMER = """
-fn route_task(task, workers) {
-    if task.type == "image-gen" {
-        return workers.filter(|w| w.hive == "gaming-pc").filter(|w| w.gpu_type == "RTX4090").first();
-    }
-    if task.type == "text-gen" && task.model.contains("70b") {
-        return workers.filter(|w| w.hive == "mac-studio").first();
-    }
-    if task.type == "text-gen" && task.model.contains("8b") {
-        return workers.filter(|w| w.hive == "old-server").least_loaded();
-    }
-    if task.type == "audio-transcription" {
-        return workers.filter(|w| w.hive == "old-server").first();
-    }
-    return workers.least_loaded();
-}
-fn should_admit(task, queue_depth) {
-    if queue_depth > 10 {
-        return reject("Queue full, try again later");
-    }
-    return admit();
-}
-"""
-BATCH = """
-fn route_task(task, workers) {
-    if task.priority == "batch" {
-        return workers.filter(|w| w.hive == "old-server").first();
-    }
-    return workers.filter(|w| w.hive == "gaming-pc").first();
-}
-"""
-TIERS = """
-fn route_task(task, workers) {
-    if task.customer_tier == "enterprise" {
-        return workers.filter(|w| w.gpu_type == "H100").least_loaded();
-    }
-    return workers.filter(|w| w.gpu_type == "A100").least_loaded();
-}
-"""
-OLDER_NAME = """
-fn schedule_job(job, workers) {
-    if job.priority == "high" {
-        return workers.filter(|w| w.backend == "cuda").least_loaded();
-    } else {
-        return workers.filter(|w| w.backend == "cpu").first();
-    }
-}
-fn should_admit(job, queue_depth) {
-    if queue_depth > 100 {
-        return false;
-    }
-    return true;
-}
-"""
-CAPABILITIES = """
-fn route_task(task, workers) {
-    if task.type == "image-gen" && task.priority == "high" {
-        return workers.filter(|w| w.capability == "image-gen" && w.backend == "cuda").least_loaded();
-    } else if task.type == "text-gen" && task.model.contains("70b") {
-        return workers.filter(|w| w.gpus > 1).first();
-    } else {
-        return workers.least_loaded();
-    }
-}
-"""
+SCRIPTS = Path(__file__).parent.parent / "data" / "scripts"
+CONSUMER, BATCH, TIERS, TIERS_AGAIN, OLDER_NAME, CAPABILITIES = (
+    (SCRIPTS / f"{name}.rhai").read_text()
+    for name in (
+        "consumer-use-case-1",
+        "consumer-use-case-2",
+        "technical-differentiators-1",
+        "one-page-1",
+        "complete-story-2",
+        "complete-story-1",
+    )
+)
+"""The published scripts, character for character."""
 
 
 def worker(**known: Any) -> dict[str, Any]:
@@ -113,10 +61,12 @@ def written(folder: Path, text: str) -> RoutingScript:
         (BATCH, task(), ["gaming"]),
         (TIERS, task(customer_tier="enterprise"), ["mac"]),
         (TIERS, task(), []),
+        (TIERS_AGAIN, task(customer_tier="enterprise"), ["mac"]),
         (OLDER_NAME, task(priority="high"), ["gaming"]),
         (OLDER_NAME, task(), ["mac"]),
         (CAPABILITIES, task(model="llama-70b"), ["mac"]),
         (CAPABILITIES, task(), ["gaming"]),
+        (CAPABILITIES, task(type="image-gen", priority="high"), ["painter"]),
     ],
 )
 def test_published_scripts_route_as_they_read(
@@ -127,6 +77,7 @@ def test_published_scripts_route_as_they_read(
         worker(id="mac", hive="mac-studio", gpu_type="H100", gpus=2, load=0.25),
         worker(id="server-busy", hive="old-server", load=0.75),
         worker(id="server-idle", hive="old-server", load=0.5),
+        worker(id="painter", hive="studio", capability="image-gen", backend="cuda", load=0.9),
     ]
     chosen = written(tmp_path, source).rank(job, workers)
     assert [workers[index]["id"] for index in chosen] == expected
@@ -152,8 +103,10 @@ def test_default_prefers_a_loaded_worker_and_the_least_busy_one(tmp_path: Path) 
         ("[workers[2], workers[0]]", [2, 0]),
         ("[workers[2], workers[2]]", [2]),
         ("()", []),
-        ('"gaming-pc"', []),
-        ("workers.random().id.len() > 0", []),
+        ("workers.filter(|w| w.load > 9.0).random()", []),
+        ("workers.map(|w| w).sort_by(|w| w.load).first()", [1]),
+        ('workers.map(|w| w).in_region("EU").fastest()', [1]),
+        ('workers.in_region("nowhere").sort_by("load").map(|w| w).cheapest()', []),
         ("workers.sort_by(|a, b| a.price - b.price).first()", [0]),
     ],
 )
@@ -166,6 +119,57 @@ def test_what_a_script_may_return(tmp_path: Path, expression: str, expected: lis
     script = written(tmp_path, f"fn route_task(task, workers) {{ {expression} }}")
     assert script.rank(task(), workers) == expected
     assert script.error == ""
+
+
+@pytest.mark.parametrize(
+    "expression", ['"gaming-pc"', "true", "7", '#{id: "w", hive: "h", index: 0}', "[workers[0], 1]", '["w"]']
+)
+def test_a_result_that_is_no_worker_is_refused_and_told(tmp_path: Path, expression: str) -> None:
+    workers = [worker(load=0.9), worker(load=0.1)]
+    script = written(tmp_path, f"fn route_task(task, workers) {{ {expression} }}")
+    assert script.rank(task(), workers) == [1]
+    assert "none of the workers" in script.error
+
+
+def test_an_admission_that_is_no_answer_admits_and_is_told(tmp_path: Path) -> None:
+    script = written(tmp_path, 'fn should_admit(task, queue_depth) { "maybe" }')
+    script.check_admission(task(), 1)
+    assert "should_admit returned the text 'maybe'" in script.error
+
+
+def test_a_script_without_routing_leaves_it_to_the_default(tmp_path: Path) -> None:
+    script = written(tmp_path, "fn should_admit(task, queue_depth) { queue_depth < 1 }")
+    assert script.rank(task(), [worker(load=0.9), worker(load=0.1)]) == [1]
+    with pytest.raises(Refused):
+        script.check_admission(task(), 1)
+    assert script.error == ""
+
+
+def test_explanation_names_the_line_that_decided(tmp_path: Path) -> None:
+    script = written(tmp_path, CONSUMER)
+    workers = [worker(hive="mac-studio"), worker(hive="old-server")]
+    told = script.explain(task(model="llama-3-70b"), freeze(workers))
+    assert told.decision.indices == [0]
+    assert told.decision.by == str(script.path)
+    assert told.code in ('.filter(|w| w.hive == "mac-studio")', ".first();")
+    assert told.line in told.lines
+    failing = written(tmp_path, "fn route_task(task, workers) { workers.nothing() }")
+    told = failing.explain(task(), freeze(workers))
+    assert told.decision.by == "built-in default"
+    assert "route_task failed" in told.decision.problem
+    assert failing.error == ""
+
+
+def test_the_last_good_script_outlives_the_process(tmp_path: Path) -> None:
+    memory = tmp_path / "last-good.rhai"
+    path = tmp_path / "scheduler.rhai"
+    path.write_text("fn route_task(task, workers) { workers[1] }")
+    RoutingScript(path, memory).reload()
+    path.write_text("fn route_task(task, workers) { workers[ }")
+    script = RoutingScript(path, memory)
+    assert script.rank(task(), [worker(), worker(load=0.9)]) == [1]
+    assert "does not compile" in script.error
+    assert "last good" in script.error
 
 
 def test_admission_says_why(tmp_path: Path) -> None:
@@ -228,6 +232,12 @@ def test_a_script_that_fails_lets_the_default_decide_and_is_put_aside(tmp_path: 
 @pytest.mark.parametrize("source", ["let x = 1;", "fn other() { 1 }", ""])
 def test_a_script_without_an_entry_function_is_refused(source: str) -> None:
     with pytest.raises(InvalidScript, match="no function named route_task"):
+        compile_script(source, "scheduler.rhai")
+
+
+@pytest.mark.parametrize("source", ["fn route_task(task) { 1 }", "fn should_admit(task) { true }"])
+def test_an_entry_function_that_can_never_be_called_is_refused(source: str) -> None:
+    with pytest.raises(InvalidScript, match="must take two parameters"):
         compile_script(source, "scheduler.rhai")
 
 

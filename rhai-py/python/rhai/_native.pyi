@@ -117,6 +117,9 @@ class Record(Mapping[str, Any]):
 def freeze(records: Sequence[Mapping[str, Any]]) -> Frozen:
     """Convert a sequence of mappings once, so that passing it to a script costs nothing.
 
+    A `Record` among them is shared instead of converted, so freezing again what changed little is cheap: at the place
+    that it had it stays equal to itself, at another one it is a copy that knows its new place.
+
     In a script it is a list of records: properties read as `w.name`, nested mappings are records, nested sequences are
     lists. A missing property is an error, or `()` in an engine with `strict_variables=False`.
 
