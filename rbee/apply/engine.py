@@ -53,6 +53,8 @@ def main() -> None:
                 data = data[os.write(output, data) :]
 
     for line in sys.stdin.buffer:
+        if not line.endswith(b"\n"):
+            return  # the controller died while it wrote
         carry_out(decode(line), emit)
         emit("", {"event": "batch-done"})
 
