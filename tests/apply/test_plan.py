@@ -97,6 +97,12 @@ def file(path: str, **facts: Any) -> Edit:
     return lambda seen: seen["files"][path].update(facts)
 
 
+def renew_certificate(seen: dict[str, Any]) -> None:
+    for name, record in seen["records"].items():
+        if "queen" not in name:
+            record["hash"] = "0"
+
+
 WORKER = "rbee-worker@demo.service"
 DRIFT: dict[str, tuple[Edit, list[str], str]] = {
     "stopped": (unit(WORKER, ActiveState="inactive", SubState="dead"), ["~ worker demo"], "it is stopped"),
@@ -123,8 +129,7 @@ DRIFT: dict[str, tuple[Edit, list[str], str]] = {
     ),
     "another release": (lambda seen: seen.update(current="r0"), ["~ rbee", "~ queen", "~ hive"], "a new release"),
     "another certificate": (
-        lambda seen: [r.update(hash="0") for n, r in seen["records"].items() if "queen" not in n] and None,
-        ["~ hive", "~ worker demo", "~ worker big"], "it runs with older settings",
+        renew_certificate, ["~ hive", "~ worker demo", "~ worker big"], "it runs with older settings",
     ),
     "target stopped": (unit("rbee.target", ActiveState="inactive"), ["~ base"], ""),
     "an open folder": (lambda seen: seen["folders"].update({"/etc/rbee": [0o777, "root"]}), ["~ base"], ""),
