@@ -94,8 +94,10 @@ class Setting:
             (units / name).write_text(UNIT.format(number=number, value=value))
         config = self.folder / "fleet.conf"
         # `#` : the pinned keys of all of them are in known_hosts, which rbee's own policy names.
-        blocks = [machine.host_block() for machine in self.hosts]
-        config.write_text("\n".join(blocks))
+        # The other two run as root and make no user.
+        blocks = [machine.host_block("RbeeUser root") for machine in self.hosts]
+        # In rbee a value stands in the inventory; here in a comment, for the units are files beside it.
+        config.write_text(f"IgnoreUnknown Rbee*\n# {value}\n" + "\n".join(blocks))
         (self.folder / "known_hosts").write_text("".join(f"{m.known_hosts_line()}\n" for m in self.hosts))
         (self.folder / "hosts.ini").write_text("".join(f"{m.name}\n" for m in self.hosts))
         (self.folder / "site.yml").write_text(PLAYBOOK.format(folder=self.folder, units=list(UNITS)))

@@ -29,8 +29,16 @@ class Units(Survey):
             services.append(
                 Service(role="worker", unit=source.name, name=source.stem, files=list(own), hash=digest_of(own))
             )
+        release = self.seen[host.name]["current"]
         wanted = Desired(
-            host=host.name, run_as="root", release="", folders={}, files=files, services=services, targets=[], models=[]
+            host=host.name,
+            run_as=host.run_as,
+            release=release,
+            folders={},
+            files=files,
+            services=services,
+            targets=[],
+            models=[],
         )
         self.wanted[host.name] = wanted
         return self.compare(host, wanted, None)

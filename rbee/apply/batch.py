@@ -1,4 +1,4 @@
-"""What the controller hands to the engine: plans that are carried out side by side."""
+"""What the controller hands to the engine: a wave of plans, its canary first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class Member(Struct, frozen=True, kw_only=True):
 
 
 class Batch(Struct, frozen=True, kw_only=True):
-    """Hosts of one step of a wave. `holders` are hosts that models may be copied from."""
+    """Hosts of one wave, in order. `holders` are hosts that models may be copied from.
+
+    One without members only names hosts, as `holders`, that are likely to be members of the next.
+    """
 
     ssh_config: str
     sockets: str

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 COMMAND_LIMIT_S = 600
 Event = Callable[[dict[str, Any]], None]
+AHEAD: dict[str, Session] = {}
+"""Agents that the engine started before it knew whether they would be needed."""
 PREPARED: dict[str, dict[str, Any]] = {}
 """Hosts that the engine brings along, by name, with their data; others are read from an inventory folder."""
 
@@ -52,7 +54,8 @@ class RbeeConnector(BaseConnector):
         """Start the agent. Raises: ConnectError."""
         host: Host = self.host.data.rbee_host
         self.ssh: Ssh = self.host.data.rbee_ssh
-        self.session = Session(self.ssh, host)
+        self.session = AHEAD.pop(host.name) if host.name in AHEAD else Session(self.ssh, host)
+        self.problem = ""
         self.event: Event = self.host.data.get("rbee_event") or _unheard
         try:
             self.session.ask("read", path="/etc/hostname")

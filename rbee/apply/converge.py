@@ -101,7 +101,7 @@ class Apply:
         hears of each host as it answers, with its plan, or None when it has a problem.
         """
         if lock and self._is_news():
-            self._engine.start()
+            self._engine.connect_ahead(self.hosts)
         self._observing = {self._pool.submit(self._observe, host, lock=lock): host for host in self.hosts}
         planned = self._planned(told, patient=patient)
         # What was to come from the internet, or from nowhere, may lie on a host that answered later.

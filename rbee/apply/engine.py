@@ -11,17 +11,35 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import sys  # noqa: E402
+from types import ModuleType  # noqa: E402
+
+
+def _without_paramiko() -> None:
+    """Stand in for paramiko, which pyinfra imports for its own ssh connector and for the names of two exceptions.
+
+    It would take half of this process' start, and nothing here connects by it.
+    """
+    stand_in = ModuleType("paramiko")
+    stand_in.PKey = type("PKey", (), {})  # type: ignore[attr-defined]
+    stand_in.SSHException = type("SSHException", (Exception,), {})  # type: ignore[attr-defined]
+    sys.modules["paramiko"] = stand_in
+
+
+_without_paramiko()
+
 import contextlib  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
-import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from enum import Enum  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import msgspec  # noqa: E402
 from pyinfra.api import Config, Inventory, State  # noqa: E402
+from pyinfra.api import inventory as pyinfra_inventory  # noqa: E402
 from pyinfra.api.connect import connect_all  # noqa: E402
 from pyinfra.api.exceptions import PyinfraError  # noqa: E402
 from pyinfra.api.operations import run_host_op  # noqa: E402
@@ -29,7 +47,7 @@ from pyinfra.api.state import StateStage  # noqa: E402
 from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state  # noqa: E402
 
 from rbee.apply.batch import Batch, Member, decode  # noqa: E402
-from rbee.apply.connector import PREPARED  # noqa: E402
+from rbee.apply.connector import AHEAD, PREPARED, RbeeConnector  # noqa: E402
 from rbee.apply.ssh import Ssh  # noqa: E402
 from rbee.apply.templates import shipped  # noqa: E402
 from rbee.lifeline import die_with_parent  # noqa: E402
@@ -53,17 +71,40 @@ def main() -> None:
                 data = data[os.write(output, data) :]
 
     for line in sys.stdin.buffer:
-        carry_out(decode(line), emit)
-        emit("", {"event": "batch-done"})
+        if not line.endswith(b"\n"):
+            return  # the controller died while it wrote
+        batch = decode(line)
+        if batch.members:
+            carry_out(batch, emit)
+            emit("", {"event": "batch-done"})
+        else:
+            _connect_ahead(batch)
+
+
+def _connect_ahead(batch: Batch) -> None:
+    """Have the agents start on hosts that are likely to be worked on, while the controller still plans."""
+    ssh = Ssh(Path(batch.ssh_config), sockets=Path(batch.sockets))
+    for host in batch.holders:
+        AHEAD[host.name] = ssh.session(host)
+
+
+def _connectors() -> dict[str, type[RbeeConnector]]:
+    return {"rbee": RbeeConnector, "ssh": RbeeConnector}
 
 
 def carry_out(batch: Batch, emit: Emit) -> None:
-    """Connect, prepare and execute, each host by itself: one that fails or hangs holds up no other."""
+    """Connect to all, then execute, the first host alone before the others. One that hangs holds up no other.
+
+    A canary that fails is the end of its wave; one that is unreachable hands over to the next host.
+    """
     PREPARED.clear()
     ssh = Ssh(Path(batch.ssh_config), sockets=Path(batch.sockets))
     others = {member.host.name: member.host for member in batch.members} | {h.name: h for h in batch.holders}
     for member in batch.members:
         PREPARED[member.host.name] = _data(member, ssh, others, emit)
+    # pyinfra would import every connector there is.
+    pyinfra_inventory.get_all_connectors = _connectors
+    pyinfra_inventory.get_execution_connectors = _connectors
     inventory = Inventory(([f"@rbee/{name}" for name in PREPARED], {}))
     state = State(inventory, Config(CONNECT_TIMEOUT=batch.connect_limit_s), check_for_changes=False)
     state.cwd = str(shipped("deploys").parent)
@@ -74,6 +115,8 @@ def carry_out(batch: Batch, emit: Emit) -> None:
     _prepare_and_execute(state, emit)
     for host in list(state.activated_hosts):
         host.disconnect()
+    while AHEAD:
+        AHEAD.popitem()[1].close()
 
 
 def _data(member: Member, ssh: Ssh, others: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -99,13 +142,29 @@ def _connect(state: State, emit: Emit) -> None:
 def _prepare_and_execute(state: State, emit: Emit) -> None:
     state.set_stage(StateStage.Prepare)
     deploys = _deploys()
+    left = [host for host in state.inventory if host in state.activated_hosts and _prepare(state, host, deploys, emit)]
     state.set_stage(StateStage.Execute)
-    state.is_executing = False
+    state.is_executing = True
+    while left:
+        canary = left.pop(0)
+        outcome = _execute(state, canary, emit)
+        if outcome is Went.FAILED:
+            for host in left:
+                emit(host.name, {"event": "skipped", "why": f"{canary.name}, the first of its wave, failed"})
+            return
+        if outcome is Went.WELL:
+            break
     assert state.pool is not None
-    hosts = list(state.inventory.get_active_hosts())
-    jobs = [state.pool.spawn(_one, state, host, deploys, emit) for host in hosts]
-    for job in jobs:
+    for job in [state.pool.spawn(_execute, state, host, emit) for host in left]:
         job.join()
+
+
+class Went(Enum):
+    """How a host's operations ended."""
+
+    WELL = 1
+    FAILED = 2
+    LOST = 3
 
 
 def _deploys() -> list[Callable[[], Any]]:
@@ -121,21 +180,34 @@ def _deploys() -> list[Callable[[], Any]]:
     return [base, queen, hive, worker]
 
 
-def _one(state: State, host: Any, deploys: list[Callable[[], Any]], emit: Emit) -> None:
-    """Prepare and run one host's operations in their order, up to the first that fails.
+def _prepare(state: State, host: Any, deploys: list[Callable[[], Any]], emit: Emit) -> bool:
+    """Collect a host's operations; return whether that went well."""
+    try:
+        with ctx_config.use(state.config.copy()), ctx_host.use(host):
+            for deploy in deploys:
+                deploy()
+    except Exception as problem:  # noqa: BLE001  a deploy is the person's code; the other hosts go on
+        emit(host.name, {"event": "problem", "what": f"{type(problem).__name__}: {problem}", "code": "host_failed"})
+        emit(host.name, {"event": "result", "ok": False, "reachable": True})
+        return False
+    return True
+
+
+def _execute(state: State, host: Any, emit: Emit) -> Went:
+    """Run one host's operations in their order, up to the first that fails.
 
     pyinfra's own loop waits for every host after every operation, and its other one loses failures.
     """
     ok = False
     try:
         with ctx_config.use(state.config.copy()), ctx_host.use(host):
-            for deploy in deploys:
-                deploy()
-            state.is_executing = True
             ok = all(run_host_op(state, host, op_hash) for op_hash in host.op_hash_order)
-    except Exception as problem:  # noqa: BLE001  a deploy is the person's code; the other hosts go on
+    except Exception as problem:  # noqa: BLE001  as above
         emit(host.name, {"event": "problem", "what": f"{type(problem).__name__}: {problem}", "code": "host_failed"})
     emit(host.name, {"event": "result", "ok": ok, "reachable": True})
+    if ok:
+        return Went.WELL
+    return Went.LOST if host.connector.problem == "host_unreachable" else Went.FAILED
 
 
 if __name__ == "__main__":

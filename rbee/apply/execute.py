@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import IO, Any
@@ -35,17 +35,15 @@ class Outcome:
 
 
 def execute(fleet: Fleet, plans: Mapping[str, HostPlan], engine: Engine) -> dict[str, Outcome]:
-    """Carry out each plan; wave by wave, in each the first host alone before the others.
-
-    A canary that fails stops its wave and the later ones; one that is unreachable hands over to the next host.
-    """
+    """Carry out each plan, wave by wave; a wave with a host that failed stops the later ones."""
     outcomes: dict[str, Outcome] = {}
     hosts = sorted((fleet_host(fleet, name) for name in plans), key=lambda host: host.wave)
     for wave, members in groupby(hosts, key=lambda host: host.wave):
-        _wave(list(members), plans, engine, fleet.hosts, outcomes)
+        outcomes |= engine.run([(host, plans[host.name]) for host in members], fleet.hosts)
         failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
         if failed:
-            _skip([h for h in hosts if h.name not in outcomes], f"wave {wave} failed on {failed[0]}", outcomes)
+            for host in hosts:
+                outcomes.setdefault(host.name, Outcome(host.name, "skipped", f"wave {wave} failed on {failed[0]}"))
             break
     return outcomes
 
@@ -55,31 +53,6 @@ def fleet_host(fleet: Fleet, name: str) -> Host:
     host = fleet.host(name)
     assert host is not None
     return host
-
-
-def _wave(
-    hosts: list[Host],
-    plans: Mapping[str, HostPlan],
-    engine: Engine,
-    holders: list[Host],
-    outcomes: dict[str, Outcome],
-) -> None:
-    left = list(hosts)
-    while left:
-        canary = left.pop(0)
-        outcomes |= engine.run([(canary, plans[canary.name])], holders)
-        if outcomes[canary.name].state == "failed":
-            _skip(left, f"{canary.name}, the first of its wave, failed", outcomes)
-            return
-        if outcomes[canary.name].state == "converged":
-            break
-    if left:
-        outcomes |= engine.run([(host, plans[host.name]) for host in left], holders)
-
-
-def _skip(hosts: Iterable[Host], why: str, outcomes: dict[str, Outcome]) -> None:
-    for host in hosts:
-        outcomes[host.name] = Outcome(host.name, "skipped", why)
 
 
 class Engine:
@@ -96,23 +69,20 @@ class Engine:
             command = [sys.executable, "-m", "rbee.apply.engine"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    def connect_ahead(self, hosts: list[Host]) -> None:
+        """Start the process, and agents on hosts that are likely to be worked on."""
+        self.start()
+        with contextlib.suppress(OSError):  # `run` will tell
+            self._send([], hosts)
+
     def run(self, members: list[tuple[Host, HostPlan]], holders: list[Host]) -> dict[str, Outcome]:
-        """Carry out plans side by side and return what became of each host. Raises: SetupProblem."""
+        """Carry out a wave and return what became of each host. Raises: SetupProblem."""
         self.start()
         assert self._process is not None
-        batch = Batch(
-            ssh_config=str(self._ssh.config),
-            sockets=str(self._ssh.sockets),
-            connect_limit_s=self._ssh.connect_limit_s,
-            members=[Member(host=host, plan=plan) for host, plan in members],
-            holders=holders,
-        )
         began = time.monotonic()
         outcomes = {h.name: Outcome(h.name, "failed", "the engine ended", changes=len(p.changes)) for h, p in members}
         try:
-            assert self._process.stdin
-            self._process.stdin.write(encode(batch))
-            self._process.stdin.flush()
+            self._send(members, holders)
         except OSError:
             raise SetupProblem("The engine that runs pyinfra ended", hint="rbee doctor") from None
         assert self._process.stdout
@@ -123,26 +93,38 @@ class Engine:
             self.event(host, told)
         return outcomes
 
+    def _send(self, members: list[tuple[Host, HostPlan]], holders: list[Host]) -> None:
+        batch = Batch(
+            ssh_config=str(self._ssh.config),
+            sockets=str(self._ssh.sockets),
+            connect_limit_s=self._ssh.connect_limit_s,
+            members=[Member(host=host, plan=plan) for host, plan in members],
+            holders=holders,
+        )
+        assert self._process is not None
+        assert self._process.stdin
+        self._process.stdin.write(encode(batch))
+        self._process.stdin.flush()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process. What it began on hosts ends there by itself."""
         if self._process is None:
             return
-        with contextlib.suppress(OSError):
-            assert self._process.stdin
-            self._process.stdin.close()
-        try:
-            self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout
-        self._process.stdout.close()
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+        self._process = None
 
     @staticmethod
     def _take(outcome: Outcome, told: dict[str, Any], began: float) -> None:
         if told["event"] == "problem":
             outcome.problem, outcome.hint = told["what"], told.get("hint") or ""
             outcome.details = {"code": told.get("code", "")}
+        if told["event"] == "skipped":
+            outcome.state, outcome.problem = "skipped", told["why"]
         if told["event"] == "result":
             outcome.seconds = round(time.monotonic() - began, 3)
             lost = not told["reachable"] or outcome.details.get("code") == "host_unreachable"

@@ -61,6 +61,7 @@ def _call(state: Any, host: Any, function: Callable[[Any, Any], None], value: An
     except Exception as problem:  # noqa: BLE001  whatever it is, it is told, and this host's apply ends
         what = problem.what if isinstance(problem, HostProblem) else f"{type(problem).__name__}: {problem}"
         code = getattr(problem, "code", None) or "host_failed"
+        host.connector.problem = code
         host.connector.event({"event": "problem", "what": what, "hint": getattr(problem, "hint", None), "code": code})
         return False
     return True

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rbee.cli.command import Verb, json_option
-from rbee.errors import InvalidInput
+from rbee.errors import InvalidInput, RbeeError
 
 if TYPE_CHECKING:
     from rbee.apply.converge import Apply, Planned
@@ -25,9 +25,21 @@ limit_option = click.option(
 wave_option = click.option("--wave", type=int, metavar="N", help="Only hosts of this RbeeWave.")
 
 
+class ApplyVerb(Verb):
+    """A verb whose errors all end with 1: its 2 and 3 say what it found."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RbeeError as problem:
+            problem.exit_code = FAILED  # type: ignore[misc]  # of this one alone
+            raise
+
+
 @click.command(
     "apply",
-    cls=Verb,
+    cls=ApplyVerb,
     read_on=READ_ON,
     examples=[
         ("rbee apply inventory/", "Show what would change, ask, and do it."),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from rbee.cli.apply import READ_ON, limit_option
-from rbee.cli.command import Verb, json_option
+from rbee.cli.apply import READ_ON, ApplyVerb, limit_option
+from rbee.cli.command import json_option
 
 
 @click.command(
     "drift",
-    cls=Verb,
+    cls=ApplyVerb,
     read_on=READ_ON,
     examples=[("rbee drift inventory/", "Show what was stopped, edited or removed by hand.")],
 )

@@ -130,6 +130,8 @@ def split_hint(problem: RbeeError) -> tuple[str, str | None]:
 
 def exit_code(problem: RbeeError) -> int:
     """Return what `rbee` ends with; an error that came over HTTP is known by its code, then by its status."""
+    if "exit_code" in vars(problem):
+        return problem.exit_code
     known = _exit_codes(RbeeError).get(problem.code or "")
     if type(problem).__module__ == RbeeError.__module__ or known is not None:
         return problem.exit_code if known is None else known

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from rbee.cli.apply import READ_ON, limit_option, wave_option
-from rbee.cli.command import Verb, json_option
+from rbee.cli.apply import READ_ON, ApplyVerb, limit_option, wave_option
+from rbee.cli.command import json_option
 
 SAME, ERROR, CHANGES = 0, 1, 2
 
 
 @click.command(
     "plan",
-    cls=Verb,
+    cls=ApplyVerb,
     read_on=READ_ON,
     examples=[
         ("rbee plan inventory/", "Show what an apply would add, change and remove."),

@@ -181,7 +181,7 @@ def _control(refs: dict[type, Json], error: Json) -> Json:
         }
     ]
     return {
-        "/gitops/status": {"get": answers(GitopsView)},
+        "/gitops/status": {"get": {**answers(GitopsView), "security": [{}, {"key": []}]}},
         "/gitops/sync": {"post": answers({"type": "object"}, "202")},
         "/v1/orchestrator/status": {"get": answers(QueenStatus)},
         "/v1/orchestrator/hive-report": {"post": answers({"type": "object"}, schema=refs[HiveReport])},

@@ -105,11 +105,11 @@ def test_a_worker_that_dies_is_failed_with_what_systemd_says(fleet: Fleet) -> No
             "the file is damaged (it failed too often in a row (start-limit-hit, exit code 3))",
         ),
         ({"LoadState": "not-found", "ActiveState": "inactive"}, FAILED, "rbee apply installs it"),
-        ({"ActiveState": "activating", "SubState": "start", "MainPID": 1}, WorkerState.STARTING, ""),
+        ({"ActiveState": "activating", "SubState": "start", "MainPID": "1"}, WorkerState.STARTING, ""),
     ],
     ids=str,
 )
-def test_each_state_of_a_unit(fleet: Fleet, properties: dict[str, object], state: WorkerState, reason: str) -> None:
+def test_each_state_of_a_unit(fleet: Fleet, properties: dict[str, str], state: WorkerState, reason: str) -> None:
     (fleet.units / "journal").write_text(
         "2026-01-01 00:00:00 INFO loading\nno such model\n2026-01-01 00:00:01 INFO x\n"
     )

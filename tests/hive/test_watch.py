@@ -85,7 +85,7 @@ def test_who_has_the_newest_waits_until_something_changes(hive: RunningHive) -> 
 
 def test_no_change_between_two_waits_is_lost(hive: RunningHive) -> None:
     last = settled(hive)
-    seen = []
+    seen: list[WorkerState] = []
     name = hive.spawn("trial").name
     while not seen or seen[-1] is not WorkerState.READY:
         last = watch(hive, last)

@@ -161,7 +161,7 @@ def test_half_of_the_workers_go_only_when_that_is_said(fleet: Fleet, hosts: tupl
     fleet.write(**{queen.name: ["QueenPort 7833", DEMO], other.name: [DEMO, "Worker two model=rbee-demo"]})
     fleet.apply()
     fleet.write(**{queen.name: ["QueenPort 7833", DEMO], other.name: []})
-    refused = fleet.apply(code=2)
+    refused = fleet.apply(code=1)
     assert "--yes-prune" in refused.stderr
     assert worker_state(other, "two") == "active"
     fleet.apply("--yes-prune")

@@ -251,7 +251,7 @@ def test_a_machine_that_was_off_converges_when_it_is_back(branch: Branch, hosts:
         told = branch.status()
         assert told["revision"] == good
         assert told["hosts"][first.name]["revision"] == commit
-        assert branch.rbee("status").returncode == 2
+        wait_until(lambda: branch.rbee("status").returncode == 2, "it to say that something is still to come")
         second.power_on()
         assert branch.reaches("converged", commit)["revision"] == commit
     assert "slots: 2" in settings_of(second)
