@@ -120,8 +120,8 @@ KEYWORDS = (
     Keyword(
         name="Gpu", field="gpus", kind=values.WORD, repeats=True, many=True, example="Gpu 0 cuda 24G",
         help="A GPU of this machine: its number, its kind, its memory and, if you like, its type, as in "
-        "`Gpu 0 cuda 24G RTX4090`; the routing script sees the type that the machine reports otherwise. Workers may name only GPUs that are listed, "
-        "once one is.",
+        "`Gpu 0 cuda 24G RTX4090`; the routing script sees the type that the machine reports otherwise. Workers may "
+        "name only GPUs that are listed, once one is.",
     ),
     Keyword(
         name="Region", field="region", kind=values.WORD, example="Region eu",
