@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from rbee.errors import NotSupported
 from rbee.wire.errors import ErrorDetail
 from rbee.wire.openai import ModelName, Stop, Temperature, TokenCount
 
@@ -111,7 +110,7 @@ class TaskRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     prompt: Annotated[str, Meta(min_length=1)]
     model: ModelName
-    capability: Annotated[str, Meta(max_length=64)] = "text-gen"
+    capability: Literal["text-gen", "chat", "completion", "embedding", "embeddings"] = "text-gen"
     system: str | None = None
     max_tokens: TokenCount | None = None
     temperature: Temperature | None = None
@@ -121,15 +120,9 @@ class TaskRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool = True
 
     def request(self) -> tuple[str, bytes]:
-        """Return the endpoint and the body that this task stands for. Raises: NotSupported."""
+        """Return the endpoint and the body that this task stands for."""
         if self.capability in ("embedding", "embeddings"):
             return "/v1/embeddings", msgspec.json.encode({"model": self.model, "input": self.prompt})
-        if self.capability not in ("text-gen", "chat", "completion"):
-            raise NotSupported(
-                f"There is no capability {self.capability[:64]!r} for a prompt",
-                hint="text-gen, completion or embedding",
-                param="capability",
-            )
         values = {name: getattr(self, name) for name in ("max_tokens", "temperature", "seed", "stop")}
         body: dict[str, object] = {"model": self.model, **{k: v for k, v in values.items() if v is not None}}
         if self.stream:
