@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +31,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if reason := why_no_machines():
         print(reason, file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell's background jobs begin with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         serve(given.count, given.inventory, given.line, given.user)
     except KeyboardInterrupt:
@@ -47,7 +50,8 @@ def serve(count: int, inventory: Path | None, lines: Sequence[str], user: str) -
         folder = rig.write_inventory(inventory or rig.state / "inventory", machines, *lines, user=user)
         tell(rig, machines, folder)
         while True:
-            signal.pause()
+            # Not signal.pause(): a signal that comes just before it is heard only with the next one.
+            time.sleep(1)
 
 
 def tell(rig: Rig, machines: Sequence[Machine], folder: Path) -> None:

@@ -109,22 +109,24 @@ def test_a_stream_outlives_edits_and_the_end_of_its_host(fleet: FleetFolder, que
         assert stream.ends_well(200)
 
 
+def mistakes(queen: RunningQueen, fleet: FleetFolder) -> list[str]:
+    """Return the lines of the inventory that the queen complains of; that a busy hive is late is another thing."""
+    return [problem.where for problem in queen.status().problems if problem.where.startswith(str(fleet.file))]
+
+
 def test_mistakes_are_shown_and_leave_the_last_good_inventory(fleet: FleetFolder, queen: RunningQueen) -> None:
     with fleet.hive("one") as one:
         fleet.write(one=one.port)
         until_state(queen, "one", "ready")
         good = fleet.file.read_text()
         fleet.file.write_text(good + "\nHost two\n    HivePort no number\n    Worker\n")
-        until(lambda: queen.status().problems, "the mistakes to be seen")
         lines = good.count("\n")
-        assert [problem.where for problem in queen.status().problems] == [
-            f"{fleet.file}:{lines + 3}",
-            f"{fleet.file}:{lines + 4}",
-        ]
+        seen = [f"{fleet.file}:{lines + 3}", f"{fleet.file}:{lines + 4}"]
+        until(lambda: mistakes(queen, fleet) == seen, "the mistakes to be seen")
         assert "rbee_inventory_valid 0.0" in metrics(queen)
         assert answered(queen, "honey") == "one two three"
         fleet.file.write_text(good)
-        until(lambda: not queen.status().problems, "the mistakes to be gone")
+        until(lambda: not mistakes(queen, fleet), "the mistakes to be gone")
         assert "rbee_inventory_valid 1.0" in metrics(queen)
 
 
@@ -138,7 +140,7 @@ def test_the_last_good_inventory_outlives_the_queen(fleet: FleetFolder, tmp_path
         with following(fleet, home=home) as queen:
             until_state(queen, "one", "ready")
             assert answered(queen, "honey") == "one two three"
-            assert [problem.where for problem in queen.status().problems] == [f"{fleet.file}:2"]
+            assert mistakes(queen, fleet) == [f"{fleet.file}:2"]
 
 
 def test_a_hive_that_dies_is_shown_and_comes_back(fleet: FleetFolder, queen: RunningQueen) -> None:
@@ -157,7 +159,7 @@ def test_a_hive_that_dies_is_shown_and_comes_back(fleet: FleetFolder, queen: Run
     with fleet.hive("one", port=one.port):
         until_state(queen, "one", "ready")
         assert answered(queen, "honey") == "one two three"
-        assert queen.status().problems == []
+        until(lambda: not queen.status().problems, "nothing to be wrong any more")
 
 
 def test_a_worker_that_broke_a_connection_is_taken_back_once_it_answers(
