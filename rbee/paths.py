@@ -6,6 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
+BUILT_IN_MODEL = "rbee-demo"
+"""The model that comes with rbee."""
+BUILT_IN_FILE = Path(__file__).parent / "models" / f"{BUILT_IN_MODEL}.gguf"
+
 
 def _folder(variable: str, default: str, part: str) -> Path:
     home = os.environ.get("RBEE_HOME")

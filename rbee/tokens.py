@@ -26,6 +26,23 @@ def shared_token(path: Path) -> str:
     return token
 
 
+def read_token(path: Path, *, whose: str = "", hint: str = "") -> str:
+    """Return the token in a file: one line of printable ASCII, which is all that a header can carry.
+
+    `whose` and `hint` go into the message when there is none. Raises: SetupProblem.
+    """
+    file = f"The token file {path}" + (f" of {whose}" if whose else "")
+    try:
+        token = path.read_text("ascii").strip()
+    except OSError as problem:
+        raise SetupProblem(f"{file} cannot be read ({problem.strerror})", hint=hint) from None
+    except UnicodeDecodeError:
+        token = ""
+    if not token or not token.isprintable():
+        raise SetupProblem(f"{file} holds no token", hint="one line of printable ASCII")
+    return token
+
+
 def _make(path: Path) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

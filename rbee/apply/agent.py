@@ -32,8 +32,8 @@ LOCK, TRANSACTION_LOCK = "/run/rbee.lock", "/run/rbee.transaction.lock"
 AUDIT, RECORDS, HISTORY = f"{LIB}/audit.jsonl", f"{LIB}/records", f"{LIB}/history"
 MODELS, MODEL_SUMS = f"{LIB}/models", f"{LIB}/models/.sha256.json"
 MARKER = "[X-Rbee]"
-OWNED_FOLDERS = (f"{ETC}/workers", f"{ETC}/worker-tokens", f"{ETC}/secrets", f"{ETC}/inventory")
-SECRET_FOLDERS = (f"{ETC}/secrets/", f"{ETC}/worker-tokens/")
+OWNED_FOLDERS = (f"{ETC}/workers", f"{ETC}/worker-tokens", f"{ETC}/server-keys", f"{ETC}/secrets", f"{ETC}/inventory")
+SECRET_FOLDERS = (f"{ETC}/secrets/", f"{ETC}/worker-tokens/", f"{ETC}/server-keys/")
 OWNED_FILES = (f"{ETC}/hive.yaml", f"{ETC}/queen.yaml", f"{ETC}/gitops.yaml")
 UNIT_PROPERTIES = (
     "Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "NRestarts", "Result", "NeedDaemonReload"

@@ -25,8 +25,8 @@ from rbee.wire.settings import (
 
 ETC, LIB, OPT, UNITS = "/etc/rbee", "/var/lib/rbee", "/opt/rbee", "/etc/systemd/system"
 SECRETS, TOKENS, MODELS = f"{ETC}/secrets", f"{ETC}/worker-tokens", f"{LIB}/models"
+SERVER_KEYS, INVENTORY = f"{ETC}/server-keys", f"{ETC}/inventory"
 GITOPS = f"{LIB}/gitops"
-BUILT_IN = "rbee-demo"
 START_LIMIT_S = 600.0
 SERVICE_LIMIT_S = 60.0
 HEALTH_LIMIT_S = 60.0
@@ -86,6 +86,21 @@ class ModelFile(Struct, frozen=True, kw_only=True):
         return self.path.rpartition("/")[2]
 
 
+class QueenFiles(Struct, frozen=True, kw_only=True):
+    """What a queen needs that lies beside the inventory: who signs tokens, and the keys of servers.
+
+    `issuer` is `jwt.yaml` and `jwks` the issuer's public keys where they are a file; `server_keys` are the contents of
+    the `key-file=` of Worker lines that the controller has, by path: another one lies on the queen's host already.
+    """
+
+    issuer: bytes = b""
+    jwks: bytes = b""
+    server_keys: dict[str, bytes] = {}
+
+
+NO_QUEEN_FILES = QueenFiles()
+
+
 class Desired(Struct, frozen=True, kw_only=True):
     """Everything that one host should have."""
 
@@ -117,17 +132,18 @@ def desired(
     models: list[ModelFile],
     devices: list[str],
     gitops_secrets: Mapping[str, bytes] = {},
+    queen_files: QueenFiles = NO_QUEEN_FILES,
 ) -> Desired:
     """Return what `host` should have.
 
     `certificate` are the host's certificate and key, by path, when a new one is due, and `seen_certificate` what it
     has; `devices` its accelerators' nodes as it reported them; `models` those of its workers that are files;
-    `gitops_secrets` what its reconciler needs, by file name.
+    `gitops_secrets` what its reconciler needs, by file name; `queen_files` what its queen needs.
     """
     files = {**_base(identity), **certificate}
     services = []
     if host.queen_port:
-        services.append(_queen(fleet, host, identity, files))
+        services.append(_queen(fleet, host, identity, queen_files, files))
     services.append(_hive(host, identity, models, files))
     paths = {model.name: model.path for model in models}
     for line in host.workers:
@@ -173,7 +189,7 @@ def folders(host: Host) -> dict[str, tuple[int, str]]:
         OPT: (0o755, "root"),
     }
     if host.queen_port:
-        found |= {f"{ETC}/inventory": (0o755, "root"), f"{LIB}/queen": (0o700, host.run_as)}
+        found |= {INVENTORY: (0o755, "root"), f"{LIB}/queen": (0o700, host.run_as), SERVER_KEYS: (0o700, host.run_as)}
     if host.gitops:
         found[GITOPS] = (0o700, host.run_as)
     return found
@@ -210,7 +226,7 @@ def _hive(host: Host, identity: Identity, models: list[ModelFile], files: dict[s
     )  # fmt: skip
 
 
-def _queen(fleet: Fleet, host: Host, identity: Identity, files: dict[str, File]) -> Service:
+def _queen(fleet: Fleet, host: Host, identity: Identity, told: QueenFiles, files: dict[str, File]) -> Service:
     unit = "rbee-queen.service"
     settings = QueenSettings(port=host.queen_port, gitops=GITOPS if host.gitops else "")
     own = {
@@ -218,16 +234,39 @@ def _queen(fleet: Fleet, host: Host, identity: Identity, files: dict[str, File])
         f"{ETC}/queen.yaml": _text(dump_settings(settings)),
         f"{SECRETS}/fleet.key": _secret(identity.secret),
     }
+    if told.issuer:
+        own[f"{INVENTORY}/jwt.yaml"] = File(content=told.issuer)
     # The queen reads these live: a change of them is no reason to restart her.
-    live = {f"{ETC}/inventory/fleet.conf": _text(inventory_text(fleet))}
+    keyed, keys = _server_keys(fleet, host, told.server_keys)
+    live = {f"{INVENTORY}/fleet.conf": _text(inventory_text(keyed)), **keys}
+    if told.jwks:
+        live[f"{INVENTORY}/jwks.json"] = File(content=told.jwks)
     script = fleet.folder / "scheduler.rhai"
     if script.is_file():
-        live[f"{ETC}/inventory/scheduler.rhai"] = File(content=script.read_bytes())
+        live[f"{INVENTORY}/scheduler.rhai"] = File(content=script.read_bytes())
     files |= own | live
     return Service(
         role="queen", unit=unit, name="queen", files=list(own), hash=digest_of(own), port=host.queen_port, tls=False,
         detail=f"port {host.queen_port}",
     )  # fmt: skip
+
+
+def _server_keys(fleet: Fleet, queen: Host, contents: Mapping[str, bytes]) -> tuple[Fleet, dict[str, File]]:
+    """Return the fleet with the keys of its servers where the queen's host has them, and their files there.
+
+    They are no credentials of her unit: systemd reads those when it starts, and a new key must count at once.
+    """
+    files, hosts = {}, []
+    for host in fleet.hosts:
+        lines = []
+        for line in host.workers:
+            if line.key_file in contents:
+                path = f"{SERVER_KEYS}/{host.name}.{line.name}"
+                files[path] = File(content=contents[line.key_file], mode=0o400, owner=queen.run_as, secret=True)
+                line = msgspec.structs.replace(line, key_file=path)
+            lines.append(line)
+        hosts.append(msgspec.structs.replace(host, workers=lines))
+    return msgspec.structs.replace(fleet, hosts=hosts), files
 
 
 def _worker(
@@ -293,7 +332,7 @@ def _gitops(fleet: Fleet, host: Host, line: Gitops, secrets: Mapping[str, bytes]
     for name in ("known_hosts", "allowed_signers"):
         path = fleet.folder / name
         if path.is_file():
-            files[f"{ETC}/inventory/{name}"] = File(content=path.read_bytes())
+            files[f"{INVENTORY}/{name}"] = File(content=path.read_bytes())
     files |= own
     return Service(
         role="gitops", unit=unit, name="gitops", files=list(own), hash=digest_of(own),

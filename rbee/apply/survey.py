@@ -15,16 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from rbee.apply import release as releases
-from rbee.apply.desired import BUILT_IN, Desired, File, ModelFile, certificate_files, desired, folders, model_path
+from rbee.apply.desired import (
+    NO_QUEEN_FILES,
+    Desired,
+    File,
+    ModelFile,
+    certificate_files,
+    desired,
+    folders,
+    model_path,
+)
 from rbee.apply.identity import AUTHORITY_KEY, Identity
 from rbee.apply.plan import HostPlan, Packages, Upload, missing_models, plan
+from rbee.apply.queen_files import ISSUER, queen_files
 from rbee.apply.release import Release, Target
 from rbee.apply.ssh import KEY_VARIABLE, Session
+from rbee.default_engine import DEFAULT_ENGINE
 from rbee.errors import HostFailed, RbeeError
 from rbee.inventory.fleet import Fleet, Host, ModelLine
-from rbee.paths import cache_dir, private, write_private
+from rbee.paths import BUILT_IN_MODEL, cache_dir, private, write_private
 
-DEFAULT_BACKEND = "xllamacpp"
 PROGRAMS = {"git": "git", "ssh": "openssh-client"}
 """What a host with a reconciler must have, and the package that brings it."""
 SPARE_BYTES = 64 * 1024 * 1024
@@ -72,6 +82,7 @@ class Survey:
             models=models,
             devices=list(seen["device_names"]),
             gitops_secrets=self._gitops_secrets(host),
+            queen_files=queen_files(self.fleet) if host.queen_port else NO_QUEEN_FILES,
         )
         self.wanted[host.name] = wanted
         return self.compare(host, wanted, release)
@@ -103,12 +114,14 @@ class Survey:
     def release(self, host: Host, seen: Mapping[str, Any]) -> Release:
         """Return the release for a host; hosts of one kind share it. Raises: SetupProblem, PluginProblem."""
         roles = {"hive"} | ({"queen"} if host.queen_port else set())
+        if host.queen_port and (self.fleet.folder / ISSUER).exists():
+            roles.add("jwt")
         served = [host]
         if host.gitops:  # from there the others get theirs
             roles.add("apply")
             served = self.fleet.hosts
         lines = [line for one in served for line in one.workers if not line.url]
-        backends = {line.backend or DEFAULT_BACKEND for line in lines} or {DEFAULT_BACKEND}
+        backends = {line.backend or DEFAULT_ENGINE for line in lines} or {DEFAULT_ENGINE}
         target = Target(
             python=".".join(str(part) for part in seen["python"][:2]),
             machine=seen["machine"],
@@ -231,7 +244,7 @@ def _ports(host: Host) -> list[int]:
 def _models(host: Host) -> list[ModelLine]:
     """Return the models that this host's own workers need as files."""
     named = {line.model for line in host.workers if not line.url}
-    return [model for model in host.models if model.name in named and model.name != BUILT_IN and model.source]
+    return [model for model in host.models if model.name in named and model.name != BUILT_IN_MODEL and model.source]
 
 
 def _check_programs(host: Host, seen: Mapping[str, Any]) -> None:

@@ -152,10 +152,7 @@ def sync(folder: Path | None) -> int:
     """Have the reconciler look at once, and try again what failed."""
     records = _records(folder)
     records.ask_sync()
-    if not records.is_held():
-        click.echo("No reconciler runs; it will look when it starts.", err=True)
-        return NOT_RUNNING
-    return 0
+    return _told(records, "it will look when it starts")
 
 
 @command.command(
@@ -172,10 +169,7 @@ def accept(folder: Path | None, revision: str) -> int:
         raise InvalidInput(f"{revision!r} is no commit hash", hint="rbee gitops status names it")
     records = _records(folder)
     records.ask_accept(revision.lower())
-    if not records.is_held():
-        click.echo("No reconciler runs; it will accept the commit when it starts.", err=True)
-        return NOT_RUNNING
-    return 0
+    return _told(records, "it will accept the commit when it starts")
 
 
 @command.command(
@@ -210,6 +204,14 @@ def _records(folder: Path | None) -> Records:
     from rbee.apply.gitops.records import Records
 
     return Records(folder or default_folder())
+
+
+def _told(records: Records, otherwise: str) -> int:
+    """Return the exit code of what a reconciler was asked for; one that does not run finds it later."""
+    if records.is_held():
+        return 0
+    click.echo(f"No reconciler runs; {otherwise}.", err=True)
+    return NOT_RUNNING
 
 
 def _status(records: Records) -> GitopsStatus:

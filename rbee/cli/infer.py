@@ -18,11 +18,11 @@ from rbee.cli.door import Address, Door
 from rbee.cli.naming import complete_models, progress_of
 from rbee.cli.terminal import Waiting, clean
 from rbee.errors import InvalidRequest, PayloadTooLarge, Unreachable
+from rbee.paths import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
     from rbee.cli.bundle import Recorder
 
-DEFAULT_MODEL = "rbee-demo"
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_BYTES = 4 * 1024 * 1024
 
@@ -49,7 +49,7 @@ def _seed(ctx: click.Context, param: click.Parameter, value: int | None) -> int 
     "--model",
     metavar="MODEL",
     envvar="RBEE_MODEL",
-    default=DEFAULT_MODEL,
+    default=BUILT_IN_MODEL,
     shell_complete=complete_models,
     show_default=True,
     help="The model, as `rbee model list` names it [env: RBEE_MODEL].",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-import rbee
 from rbee.errors import InvalidModelFile, InvalidRequest, NotFound
+from rbee.paths import BUILT_IN_FILE, BUILT_IN_MODEL
 from rbee.wire.fleet import NAME_PATTERN, AddModel, ModelReport
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from rbee.formats import ModelFile
 
 log = logging.getLogger("rbee.hive")
-
-BUILT_IN = "rbee-demo"
-BUILT_IN_FILE = Path(rbee.__file__).parent / "models" / f"{BUILT_IN}.gguf"
 
 
 class CatalogEntry(Struct, frozen=True, kw_only=True):
@@ -75,7 +72,7 @@ class Catalog:
         from rbee.formats import inspect
 
         file = inspect(path)
-        reserved = {BUILT_IN, *self._reserved()}
+        reserved = {BUILT_IN_MODEL, *self._reserved()}
         with self._lock:
             name = self._name_for(request.name, path, reserved)
             entry = _entry(name, path, file)
@@ -89,7 +86,7 @@ class Catalog:
 
     def remove(self, name: str) -> ModelReport:
         """Take a model off the list; its file stays. Raises: NotFound, InvalidRequest, SetupProblem."""
-        if name == BUILT_IN or name in self._reserved():
+        if name == BUILT_IN_MODEL or name in self._reserved():
             raise InvalidRequest(f"The model {name!r} is part of rbee and cannot be removed", param="name")
         with self._lock:
             entry = self._entries.get(name)
@@ -162,7 +159,7 @@ def _report(entry: CatalogEntry, problem: str = "") -> ModelReport:
         context_tokens=entry.context_tokens,
         quantization=entry.quantization,
         capabilities=entry.capabilities,
-        builtin=entry.name == BUILT_IN,
+        builtin=entry.name == BUILT_IN_MODEL,
         added_at=entry.added_at,
         problem=problem,
     )
@@ -183,10 +180,12 @@ def _inspect_built_in() -> ModelReport:
     from rbee.formats import inspect
 
     try:
-        return _report(_entry(BUILT_IN, BUILT_IN_FILE, inspect(BUILT_IN_FILE)))
+        return _report(_entry(BUILT_IN_MODEL, BUILT_IN_FILE, inspect(BUILT_IN_FILE)))
     except InvalidModelFile as problem:
         log.error("the built-in model: %s", problem)
-        return ModelReport(name=BUILT_IN, path=str(BUILT_IN_FILE), format="gguf", builtin=True, problem=str(problem))
+        return ModelReport(
+            name=BUILT_IN_MODEL, path=str(BUILT_IN_FILE), format="gguf", builtin=True, problem=str(problem)
+        )
 
 
 def _problem(entry: CatalogEntry) -> str:

@@ -15,6 +15,7 @@ from rbee.errors import InvalidRequest, NotFound, SetupProblem
 from rbee.hive import units
 from rbee.hive.declared_worker import DeclaredWorker
 from rbee.http.upstream import Upstream
+from rbee.tokens import read_token
 from rbee.wire.fleet import ModelReport, WorkerReport, WorkerState
 from rbee.wire.settings import WorkerSettings, read_settings
 
@@ -198,17 +199,9 @@ def _token_file(tokens: Path, name: str) -> Path:
 
 def _token(tokens: Path, name: str) -> str:
     """Raises: SetupProblem."""
-    file = _token_file(tokens, name)
-    try:
-        token = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as problem:
-        why = getattr(problem, "strerror", None) or str(problem)
-        # systemd hands credentials over at the start only; to restart the hive ends no declared worker.
-        hint = "systemctl restart rbee-hive.service"
-        raise SetupProblem(f"This hive has no token of the worker {name} ({file}: {why})", hint=hint) from None
-    if not token:
-        raise SetupProblem(f"The token file {file} is empty", hint="rbee apply writes it")
-    return token
+    # systemd hands credentials over at the start only; to restart the hive ends no declared worker.
+    hint = "systemctl restart rbee-hive.service"
+    return read_token(_token_file(tokens, name), whose=f"the worker {name}", hint=hint)
 
 
 def _broken(name: str, old: DeclaredWorker | None, reason: str) -> WorkerReport:

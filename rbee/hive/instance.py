@@ -17,6 +17,7 @@ from rbee.client import Client
 from rbee.errors import RbeeError, SetupProblem
 from rbee.hive.lock import Held, Lock
 from rbee.paths import write_private
+from rbee.tokens import read_token
 
 WAIT_FOR_PREDECESSOR_S = 12.0
 
@@ -119,15 +120,12 @@ def token_from(path: Path, *, make: bool) -> str:
 
     Raises: SetupProblem.
     """
-    try:
-        if make and not path.exists():
+    if make and not path.exists():
+        try:
             _put(path, secrets.token_urlsafe(32))
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SetupProblem(f"The token file {path} cannot be read ({problem})") from None
-    if not token or not token.isascii() or not token.isprintable():
-        raise SetupProblem(f"The token file {path} holds no token", hint="one line of printable ASCII")
-    return token
+        except OSError as problem:
+            raise SetupProblem(f"The token file {path} cannot be made ({problem.strerror})") from None
+    return read_token(path)
 
 
 def _put(path: Path, token: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from rbee.errors import Mistake
 from rbee.inventory.fleet import At, Host, WorkerLine
 from rbee.inventory.keywords import nearest
+from rbee.paths import BUILT_IN_MODEL
 
-BUILT_IN_MODEL = "rbee-demo"
 """The model that every hive has without a file from anywhere."""
 
 

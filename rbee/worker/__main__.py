@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rbee import paths
 from rbee.errors import InvalidModelFile, PortInUse, RbeeError
 from rbee.lean import share_one_arena, without_typing_extensions
 from rbee.lifeline import die_with_parent
@@ -145,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--spec", type=Path, help="everything below from a JSON file (used by a hive)")
     start.add_argument("--settings", type=Path, help="everything below from a YAML file (used by systemd's unit)")
     start.add_argument("--backend", default="xllamacpp", help="the engine; see `plugins`")
-    start.add_argument("--model", default="", help=f"a model file, or {settings.BUILT_IN}")
+    start.add_argument("--model", default="", help=f"a model file, or {paths.BUILT_IN_MODEL}")
     start.add_argument("--name", default="", help="the name that requests give as `model`")
     start.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     port_help = f"0 is any free one; the default is {settings.FIRST_PORT}, or the next free one"

@@ -8,17 +8,17 @@ import os
 import re
 import secrets
 import socket
-from importlib import resources
 from pathlib import Path
 
 import msgspec
 
+from rbee import paths
 from rbee.errors import InvalidInput, NotFound, PortInUse, SetupProblem
+from rbee.tokens import read_token
 from rbee.wire.fleet import WorkerSpec
 
 FIRST_PORT = 8001
 PORTS_TRIED = 64
-BUILT_IN = "rbee-demo"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -63,9 +63,9 @@ def _model(value: str) -> tuple[str, str]:
     file = Path(value).expanduser()
     if file.is_file():
         return str(file.absolute()), re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
-    if value == BUILT_IN:
-        return str(resources.files("rbee") / "models" / f"{BUILT_IN}.gguf"), BUILT_IN
-    hint = f"the path of a model file, or {BUILT_IN}"
+    if value == paths.BUILT_IN_MODEL:
+        return str(paths.BUILT_IN_FILE), paths.BUILT_IN_MODEL
+    hint = f"the path of a model file, or {paths.BUILT_IN_MODEL}"
     raise NotFound(f"There is no model file {value}", hint=hint)
 
 
@@ -86,13 +86,7 @@ def _first_free(host: str) -> int:
 
 def _token(file: Path | None, host: str) -> str:
     if file is not None:
-        try:
-            token = file.read_text().strip()
-        except OSError as problem:
-            raise SetupProblem(f"Cannot read the token file {file} ({problem.strerror})") from None
-        if not token:
-            raise SetupProblem(f"The token file {file} is empty")
-        return token
+        return read_token(file)
     if host in LOOPBACK:
         return ""
     token = f"rbee_worker_{secrets.token_urlsafe(32)}"

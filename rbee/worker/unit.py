@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from pathlib import Path
 
-from rbee import formats
+from rbee import formats, paths
 from rbee.default_engine import default_engine
-from rbee.errors import SetupProblem
+from rbee.tokens import read_token
 from rbee.wire.fleet import WorkerSpec
 from rbee.wire.settings import WorkerSettings, read_settings, secret_path
 from rbee.worker.backends import reports_by_preference
-from rbee.worker.settings import BUILT_IN
 
 
 def from_settings(file: Path) -> WorkerSpec:
@@ -26,7 +24,11 @@ def from_settings(file: Path) -> WorkerSpec:
         path=path,
         host=settings.host,
         port=settings.port,
-        token=_token(secret_path(settings.token_file)),
+        token=read_token(
+            secret_path(settings.token_file),
+            whose="this worker",
+            hint="LoadCredential= of the unit brings it; rbee apply writes both",
+        ),
         engine_socket=_engine_socket(),
         device=settings.device,
         gpus=settings.gpus,
@@ -40,25 +42,13 @@ def from_settings(file: Path) -> WorkerSpec:
 
 
 def _built_in(model: str) -> str:
-    return str(resources.files("rbee") / "models" / f"{BUILT_IN}.gguf") if model == BUILT_IN else ""
+    return str(paths.BUILT_IN_FILE) if model == paths.BUILT_IN_MODEL else ""
 
 
 def _engine(settings: WorkerSettings, path: str) -> str:
     model_type = settings.options.get("model_type", "")
     format_ = formats.inspect(Path(path), model_type=model_type).format if path else ""
     return default_engine(settings.model, format_, reports_by_preference()).name
-
-
-def _token(file: Path) -> str:
-    try:
-        token = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as problem:
-        why = getattr(problem, "strerror", None) or str(problem)
-        hint = "LoadCredential= of the unit brings it; rbee apply writes both"
-        raise SetupProblem(f"Cannot read this worker's token {file} ({why})", hint=hint) from None
-    if not token:
-        raise SetupProblem(f"The token file {file} is empty", hint="rbee apply writes it")
-    return token
 
 
 def _engine_socket() -> str:

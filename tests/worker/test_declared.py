@@ -276,7 +276,7 @@ def test_a_silent_tls_client_does_not_hold_up_others(start: StartDeclared) -> No
         ({"backend": "nothing"}, "No backend is called 'nothing'"),
         ({"model": "unheard-of"}, "No engine that can run here is called 'unheard-of'"),
         ({"backend": "xllamacpp", "options": {"kv": "much"}}, "separate, shared"),
-        ({"token_file": "absent"}, "Cannot read this worker's token"),
+        ({"token_file": "absent"}, "of this worker cannot be read"),
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ def build(
 ) -> Release:
     """Return the release for a host, packing what the cache lacks.
 
-    `roles` are of "hive", "queen", "apply"; `backends` are names of worker backends. `folder` is the cache, and
+    `roles` are of "hive", "queen", "apply", "jwt"; `backends` are names of worker backends. `folder` is the cache, and
     `online` False forbids a download. Raises: SetupProblem or PluginProblem with what to install, or where.
     """
     target.check()

@@ -26,6 +26,7 @@ MODULES = {
     "queen": ("rbee.queen.__main__",),
     "hive": ("rbee.hive.agent",),
     "apply": ("cryptography.x509", "pyinfra"),
+    "jwt": ("cryptography.hazmat.primitives.asymmetric.ed25519", "jwt"),
 }
 
 
