@@ -58,7 +58,8 @@ class Client:
         wait_s = self._timeout_s if timeout_s is None else timeout_s
         answer = self._upstream.request(method, path, body, headers=headers, timeout_s=wait_s)
         if answer.status >= 400:
-            raise decode_error(answer.status, answer.read(1_000_000, wait_s))
+            nothing = f"{self.url} answered {answer.status} and nothing else. Try: is it rbee that listens there?"
+            raise decode_error(answer.status, answer.read(1_000_000, wait_s).strip() or nothing.encode())
         return answer
 
     def close(self) -> None:

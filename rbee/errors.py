@@ -9,8 +9,10 @@ RbeeError
 │   ├── NotFound            no such thing under this address
 │   ├── MethodNotAllowed    the address exists, the method does not
 │   ├── NotSupported        the model, engine or endpoint cannot do this
+│   │   └── PolicyDenied    every machine that could is in another region, or another tenant's
 │   ├── InvalidModelFile    the file is no model, is damaged, or is hostile
 │   ├── KeyReused           an Idempotency-Key came again with another request
+│   ├── OldReport           a hive reports of an earlier run of it than is known
 │   ├── RequestTimeout      the request's body did not arrive in time
 │   ├── InvalidScript       the routing script does not compile or has no entry function
 │   ├── InvalidInventory    inventory files have mistakes: all of them, each with its file and line
@@ -116,6 +118,13 @@ class KeyReused(InvalidInput):
     code = "idempotency_key_reused"
 
 
+class OldReport(InvalidInput):
+    """A hive's report is of an earlier run of it than the one that is known."""
+
+    status = 409
+    code = "old_report"
+
+
 class RequestTimeout(InvalidInput):
     """A request's body did not arrive in time."""
 
@@ -163,6 +172,14 @@ class NotSupported(InvalidInput):
     """A model, an engine or an endpoint cannot do what was asked."""
 
     code = "not_supported"
+
+
+class PolicyDenied(NotSupported):
+    """Every machine that could run a job may not, for `reason`: region or tenant."""
+
+    def __init__(self, message: str, *, reason: str, hint: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, hint=hint, param=param)
+        self.reason = reason
 
 
 class InvalidModelFile(InvalidInput):
@@ -263,11 +280,20 @@ class QueueFull(Busy):
 
 
 class RateLimited(Busy):
-    """A key has used the requests or tokens of its minute, or has as many jobs at once as it may."""
+    """A key has used the requests or tokens of its minute, or has as many jobs at once as it may.
+
+    `limit` names what is used up, as a key's policy calls it.
+    """
 
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, limit: str = "jobs_waiting", retry_after_s: float = 1.0, hint: str | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, hint=hint)
+        self.limit = limit
 
 
 class QuotaExhausted(RateLimited):

@@ -27,14 +27,38 @@ class Notifier:
 
     def send(self, *assignments: str) -> None:
         """Send `NAME=value` assignments in one datagram; when systemd is away, do nothing."""
+        with contextlib.suppress(OSError), self._connected() as sender:
+            sender.sendall("\n".join(one.replace("\n", " ") for one in assignments).encode("utf-8", "replace"))
+
+    def keep(self, name: str, listener: socket.socket) -> None:
+        """Have systemd keep a listening socket for the next process of this unit (`FileDescriptorStoreMax=`).
+
+        Whoever connects while none runs waits in the kernel, and is not refused.
+        """
+        self._send_kept(b"FDSTORE=1\nFDNAME=" + name.encode(), [listener.fileno()])
+
+    def forget(self, name: str) -> None:
+        """Have systemd close what it keeps under this name."""
+        self._send_kept(b"FDSTOREREMOVE=1\nFDNAME=" + name.encode(), [])
+
+    def _send_kept(self, message: bytes, descriptors: list[int]) -> None:
+        with contextlib.suppress(OSError), self._connected() as sender:
+            socket.send_fds(sender, [message], descriptors)
+
+    def _connected(self) -> socket.socket:
+        """Return a socket to systemd. Raises: OSError."""
         if not self.address:
-            return
+            raise FileNotFoundError
         # An "@" stands for the zero byte of an abstract socket (unix(7)).
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(1.0)
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.settimeout(1.0)
+        try:
             sender.connect(address)
-            sender.sendall("\n".join(one.replace("\n", " ") for one in assignments).encode("utf-8", "replace"))
+        except OSError:
+            sender.close()
+            raise
+        return sender
 
 
 def passed_socket() -> socket.socket | None:

@@ -45,7 +45,8 @@ FOLDERS = [str(path.relative_to(ROOT)) for place in ("tests", "plugins") for pat
 def test_types(what: str) -> None:
     # Tests import what lies beside them.
     beside = ROOT / what / "tests" if (ROOT / what / "tests").is_dir() else ROOT / what
-    known = {"rbee": "", "deploys": "", "bench": str(ROOT / "tests" / "hosts")}
+    rigs = ":".join(str(ROOT / "tests" / part) for part in ("hosts", "queen", "."))
+    known = {"rbee": "", "deploys": "", "bench": rigs}
     run(tool("mypy"), what, MYPYPATH=known.get(what, f"{beside}:{ROOT / 'tests'}"))
 
 

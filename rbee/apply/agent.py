@@ -435,15 +435,19 @@ def _start(service: Order, order: Order) -> str:
     """(Re)start a unit and wait until it answers; return what is wrong, or nothing.
 
     Its socket goes and comes with it, for the unit requires it. A start, not a restart: a restart of a unit that is
-    between two tries of `Restart=` returns before the next try.
+    between two tries of `Restart=` returns before the next try. Only what runs, and has systemd keep its sockets, is
+    restarted: between a stop and a start systemd would close them, and refuse whoever connects.
     """
     unit, socket = service["unit"], service.get("socket", "")
     units = [name for name in (unit, socket) if name]
     _drain(service)
-    _systemctl("stop", *units, check=False)
-    _systemctl("reset-failed", *units, check=False)
     limit_s = service.get("limit_s") or 90
-    problem = _systemctl("start", unit, check=False, timeout_s=limit_s + 30)
+    if _keeps_sockets(unit):
+        problem = _systemctl("restart", unit, check=False, timeout_s=limit_s + 90)
+    else:
+        _systemctl("stop", *units, check=False)
+        _systemctl("reset-failed", *units, check=False)
+        problem = _systemctl("start", unit, check=False, timeout_s=limit_s + 30)
     if problem:
         why = _why(unit, socket, problem)
         _systemctl("stop", *units, check=False)
@@ -777,6 +781,12 @@ def _user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def _keeps_sockets(unit: str) -> bool:
+    show = ["systemctl", "show", "--value", "--property=ActiveState,FileDescriptorStoreMax", unit]
+    told = subprocess.run(show, capture_output=True, text=True, timeout=30).stdout.split()
+    return "active" in told and any(word.isdigit() and int(word) > 0 for word in told)
 
 
 def _is_active(unit: str) -> bool:

@@ -91,8 +91,11 @@ class QueenFiles(Struct, frozen=True, kw_only=True):
 
     `issuer` is `jwt.yaml` and `jwks` the issuer's public keys where they are a file; `server_keys` are the contents of
     the `key-file=` of Worker lines that the controller has, by path: another one lies on the queen's host already.
+    `settings` are those of `queen.yaml`, and `state_password` the content of the file that it names for its Redis.
     """
 
+    settings: QueenSettings = QueenSettings()
+    state_password: bytes = b""
     issuer: bytes = b""
     jwks: bytes = b""
     server_keys: dict[str, bytes] = {}
@@ -228,12 +231,17 @@ def _hive(host: Host, identity: Identity, models: list[ModelFile], files: dict[s
 
 def _queen(fleet: Fleet, host: Host, identity: Identity, told: QueenFiles, files: dict[str, File]) -> Service:
     unit = "rbee-queen.service"
-    settings = QueenSettings(port=host.queen_port, gitops=GITOPS if host.gitops else "")
+    password = f"{SERVER_KEYS}/state-password" if told.state_password else ""
+    settings = msgspec.structs.replace(
+        told.settings, port=host.queen_port, gitops=GITOPS if host.gitops else "", state_password_file=password
+    )
     own = {
         f"{UNITS}/{unit}": _text(render(unit, run_as=host.run_as)),
         f"{ETC}/queen.yaml": _text(dump_settings(settings)),
         f"{SECRETS}/fleet.key": _secret(identity.secret),
     }
+    if password:
+        own[password] = File(content=told.state_password, mode=0o400, owner=host.run_as, secret=True)
     if told.issuer:
         own[f"{INVENTORY}/jwt.yaml"] = File(content=told.issuer)
     # The queen reads these live: a change of them is no reason to restart her.

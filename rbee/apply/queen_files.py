@@ -13,15 +13,47 @@ from rbee.apply.identity import IDENTITY_VARIABLE
 from rbee.errors import SetupProblem
 from rbee.inventory.fleet import Fleet
 from rbee.wire.jwt_settings import EXPLAINED, JwtSettings
-from rbee.wire.settings import dump_settings, read_settings
+from rbee.wire.settings import QueenSettings, dump_settings, read_settings
 
-ISSUER, JWKS = "jwt.yaml", "jwks.json"
+ISSUER, JWKS, SETTINGS = "jwt.yaml", "jwks.json", "queen.yaml"
+OF_APPLY = ("host", "port", "inventory", "identity", "gitops")
+"""Settings that follow from the inventory, or from where things lie on a host."""
 
 
 def queen_files(fleet: Fleet) -> QueenFiles:
-    """Return what the queen of a fleet needs beside its inventory. Raises: SetupProblem for a wrong `jwt.yaml`."""
+    """Return what the queen of a fleet needs beside its inventory. Raises: SetupProblem for what is wrong in it."""
     issuer, jwks = _issuer(fleet.folder / ISSUER)
-    return QueenFiles(issuer=issuer, jwks=jwks, server_keys=_server_keys(fleet))
+    settings, password = _settings(fleet.folder / SETTINGS)
+    return QueenFiles(
+        settings=settings, state_password=password, issuer=issuer, jwks=jwks, server_keys=_server_keys(fleet)
+    )
+
+
+def queen_extras(fleet: Fleet) -> set[str]:
+    """Return the extras of rbee that a queen needs for what lies beside her inventory. Raises: SetupProblem."""
+    settings, _ = _settings(fleet.folder / SETTINGS)
+    wanted = {"jwt": (fleet.folder / ISSUER).exists(), "redis": settings.state, "otel": settings.otlp_endpoint}
+    return {extra for extra, needed in wanted.items() if needed}
+
+
+def _settings(path: Path) -> tuple[QueenSettings, bytes]:
+    """Return the queen's own settings, and the password that they name a file for."""
+    if not path.exists():
+        return QueenSettings(), b""
+    settings = read_settings(path, QueenSettings, hint="docs/apply.md, The queen's own settings")
+    usual = QueenSettings()
+    ours = [name for name in OF_APPLY if getattr(settings, name) != getattr(usual, name)]
+    if ours:
+        raise SetupProblem(f"{path}: {', '.join(ours)}: rbee apply sets this", hint="the inventory says it: QueenPort")
+    if not settings.state and (settings.processes > 1 or settings.advertise or settings.state_password_file):
+        raise SetupProblem(f"{path}: what processes and queens share needs a place", hint="state: redis://HOST:6379/0")
+    if not settings.state_password_file:
+        return settings, b""
+    try:
+        return settings, (path.parent / settings.state_password_file).read_bytes()
+    except OSError as problem:
+        what = f"{path}: state_password_file: {settings.state_password_file} cannot be read ({problem.strerror})"
+        raise SetupProblem(what) from None
 
 
 def _issuer(path: Path) -> tuple[bytes, bytes]:

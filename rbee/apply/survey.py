@@ -27,7 +27,7 @@ from rbee.apply.desired import (
 )
 from rbee.apply.identity import AUTHORITY_KEY, Identity
 from rbee.apply.plan import HostPlan, Packages, Upload, missing_models, plan
-from rbee.apply.queen_files import ISSUER, queen_files
+from rbee.apply.queen_files import queen_extras, queen_files
 from rbee.apply.release import Release, Target
 from rbee.apply.ssh import KEY_VARIABLE, Session
 from rbee.default_engine import DEFAULT_ENGINE
@@ -114,8 +114,8 @@ class Survey:
     def release(self, host: Host, seen: Mapping[str, Any]) -> Release:
         """Return the release for a host; hosts of one kind share it. Raises: SetupProblem, PluginProblem."""
         roles = {"hive"} | ({"queen"} if host.queen_port else set())
-        if host.queen_port and (self.fleet.folder / ISSUER).exists():
-            roles.add("jwt")
+        if host.queen_port:
+            roles |= queen_extras(self.fleet)
         served = [host]
         if host.gitops:  # from there the others get theirs
             roles.add("apply")

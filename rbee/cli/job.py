@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 import time
 from urllib.parse import quote, urlencode
@@ -14,12 +15,14 @@ from rbee.cli.command import Group, Verb, json_option
 from rbee.cli.door import Door
 from rbee.cli.terminal import age, clean, table
 from rbee.client import events
+from rbee.errors import InvalidInput, NotFound
 from rbee.wire.jobs import JobList, JobStatus, JobView
 
 READ_ON = "docs/jobs.md"
 SILENCE_S = 60.0
 """The queen fills silences with comments every few seconds."""
 
+ID = r"[A-Za-z0-9_.-]*\d[A-Za-z0-9_.-]*"
 UNANSWERED = (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.INTERRUPTED)
 
 id_argument = click.argument("job_id", metavar="ID")
@@ -49,6 +52,8 @@ def command() -> None:
 @click.pass_obj
 def list_(door: Door, status: str | None, model: str | None, after: str | None, limit: int, as_json: bool) -> None:
     """List jobs, the newest first: requests that were answered, jobs of the API, and lines of batches."""
+    if after is not None and not re.fullmatch(ID, after):
+        raise InvalidInput(f"{after[:80]!r} is no job's id", hint="the last one of the list before")
     asked = {"status": status, "model": model, "after": after, "limit": str(limit)}
     query = urlencode({name: value for name, value in asked.items() if value})
     with door.client() as client:
@@ -56,6 +61,8 @@ def list_(door: Door, status: str | None, model: str | None, after: str | None, 
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(page), indent=2))
         return
+    if not page.data:
+        click.echo("There are no such jobs." if status or model or after else "There are no jobs yet.", err=True)
     table(("id", "status", "kind", "model", "worker", "tokens", "created"), (_row(job) for job in page.data))
     if page.has_more:
         click.echo(f"There are more: rbee job list --after {page.last_id}", err=True)
@@ -125,12 +132,18 @@ def _failed(data: str) -> bool:
     return isinstance(event, dict) and "job_id" in event and event.get("status") in UNANSWERED
 
 
+def _about(job: JobView) -> str:
+    return "about " if job.usage.estimated else ""
+
+
 def _path(job_id: str) -> str:
+    if not re.fullmatch(ID, job_id):
+        raise NotFound(f"There is no job {job_id[:80]!r}", hint="rbee job list")
     return f"/v1/jobs/{quote(job_id, safe='')}"
 
 
 def _row(job: JobView) -> tuple[object, ...]:
-    tokens = f"{job.usage.prompt_tokens} + {job.usage.completion_tokens}"
+    tokens = f"{_about(job)}{job.usage.prompt_tokens} + {job.usage.completion_tokens}"
     created = age(max(0.0, time.time() - job.created_at))
     return job.id, job.status, job.kind, clean(job.model), job.worker, tokens, created
 
@@ -148,7 +161,7 @@ def _show(job: JobView) -> None:
         "created": _moment(job.created_at),
         "started": _moment(job.started_at),
         "ended": _moment(job.ended_at),
-        "tokens": f"{job.usage.prompt_tokens} read, {job.usage.completion_tokens} written",
+        "tokens": f"{_about(job)}{job.usage.prompt_tokens} read, {job.usage.completion_tokens} written",
         **{f"metadata {clean(name)}": clean(value) for name, value in job.metadata.items()},
     }
     if job.error is not None:

@@ -142,8 +142,8 @@ def create(
 def show(door: Door, key_id: str, host: str | None, folder: Path | None, as_json: bool) -> int:
     """Show what a key allows; its secret is not kept."""
     if host is not None:
-        return _there(host, folder, ["show", *(["--json"] if as_json else []), "--", key_id])
-    facts = _facts(_store(door).get(key_id))
+        return _there(host, folder, ["show", *(["--json"] if as_json else []), "--", id_of(key_id)])
+    facts = _facts(_store(door).get(id_of(key_id)))
     if as_json:
         import msgspec
 
@@ -151,7 +151,7 @@ def show(door: Door, key_id: str, host: str | None, folder: Path | None, as_json
         return 0
     for moment in ("created_at", "expires_at", "revoked_at"):
         facts[moment] = _day(facts[moment])
-    table(("", ""), ((name, ", ".join(v) if isinstance(v, (list, tuple)) else str(v)) for name, v in facts.items()))
+    table(("field", "value"), ((name, _shown(name, value)) for name, value in facts.items()))
     return 0
 
 
@@ -185,14 +185,14 @@ def set_(
     """Change what a key allows, from the next request on. What is not named stays as it is."""
     if host is not None:
         expires = ["--expires", f"{days:g}"] if days is not None else []
-        return _there(host, folder, ["set", *expires, *_words(scopes, told), "--", key_id])
+        return _there(host, folder, ["set", *expires, *_words(scopes, told), "--", id_of(key_id)])
     fields = _given(told)
     if not fields and not scopes and days is None:
         raise InvalidInput("Nothing to change was named", hint="rbee key set --help")
     import msgspec
 
     key = _store(door).change(
-        key_id,
+        id_of(key_id),
         scopes=frozenset(scopes) or None,
         expires_at=msgspec.UNSET if days is None else time.time() + days * DAY_S if days else None,
         policy=fields,
@@ -216,6 +216,8 @@ def list_(door: Door, host: str | None, folder: Path | None, as_json: bool) -> i
 
         click.echo(msgspec.json.format(msgspec.json.encode([_facts(key) for key in keys]), indent=2))
         return 0
+    if not keys:
+        click.echo("There is no key yet: rbee key create NAME", err=True)
     table(
         ("id", "name", "state", "tenant", "may", "created", "expires"),
         (
@@ -247,8 +249,8 @@ def list_(door: Door, host: str | None, folder: Path | None, as_json: bool) -> i
 def revoke(door: Door, key_id: str, host: str | None, folder: Path | None) -> int:
     """Make a key useless from the next request on."""
     if host is not None:
-        return _there(host, folder, ["revoke", "--", key_id])
-    key = _store(door).revoke(key_id)
+        return _there(host, folder, ["revoke", "--", id_of(key_id)])
+    key = _store(door).revoke(id_of(key_id))
     click.echo(f"Revoked {key.id} ({key.name}).", err=True)
     return 0
 
@@ -314,6 +316,21 @@ def _facts(key: Key) -> dict[str, Any]:
         "revoked_at": key.revoked_at,
         **msgspec.structs.asdict(key.policy),
     }
+
+
+def id_of(text: str) -> str:
+    """Return a key's id; of a whole key, as one that leaked is at hand, the id in it."""
+    from rbee.queen.keys import ID_CHARS, PREFIX
+
+    return text.removeprefix(PREFIX)[:ID_CHARS] if text.startswith(PREFIX) else text
+
+
+def _shown(name: str, value: object) -> str:
+    if name in LIMITS:
+        return str(value or "no limit")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value) or ("every one" if name == "models" else "")
+    return str(value)
 
 
 def _day(moment: float | None) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -47,6 +47,13 @@ class Options:
     host: str | None = None
     hive_port: int | None = None
     inventory: str | None = None
+    processes: int | None = None
+    state: str | None = None
+    state_password_file: str | None = None
+    advertise: str | None = None
+    log_format: str | None = None
+    otlp_endpoint: str | None = None
+    log_jobs: bool = False
 
     @classmethod
     def from_environment(cls) -> Options:
@@ -55,8 +62,20 @@ class Options:
 
     def arguments(self) -> list[str]:
         """Return the arguments of `python -m rbee.queen run`."""
-        given = {"--port": self.port, "--host": self.host, "--hive-port": self.hive_port, "--inventory": self.inventory}
-        return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        given = {
+            "--port": self.port,
+            "--host": self.host,
+            "--hive-port": self.hive_port,
+            "--inventory": self.inventory,
+            "--processes": self.processes,
+            "--state": self.state,
+            "--state-password-file": self.state_password_file,
+            "--advertise": self.advertise,
+            "--log-format": self.log_format,
+            "--otlp-endpoint": self.otlp_endpoint,
+        }
+        words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        return [*words, "--log-jobs"] if self.log_jobs else words
 
 
 def record_path() -> Path:
@@ -249,12 +268,8 @@ def _refuse_other(options: Options, record: QueenRecord) -> None:
 
 def _as_before(options: Options, record: QueenRecord) -> Options:
     """Return the options with the address of the queen that is replaced, where no other was asked for."""
-    return Options(
-        port=options.port or record.port,
-        host=record.host if options.host is None else options.host,
-        hive_port=options.hive_port,
-        inventory=options.inventory,
-    )
+    host = record.host if options.host is None else options.host
+    return replace(options, port=options.port or record.port, host=host)
 
 
 def _gone(record: QueenRecord, limit_s: float) -> bool:

@@ -41,6 +41,7 @@ SECTIONS = {
         "key": Lazy("rbee.cli.key", "Make and revoke API keys."),
     },
     "Look": {
+        "top": Lazy("rbee.cli.top", "Watch the queen at work: machines, devices, workers, who waits, tokens a second."),
         "plugin": Lazy("rbee.cli.plugin", "Show the installed engines and what each can do."),
         "proof": Lazy("rbee.cli.proof", "Check a recorded answer by running it again."),
         "doctor": Lazy("rbee.cli.doctor", "Check this machine, and say what to try."),

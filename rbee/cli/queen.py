@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -28,6 +28,22 @@ READ_ON = "docs/cli.md#rbee-queen"
 def options(command: F) -> F:
     """Give a command the options that the queen itself takes."""
     for option in (
+        click.option("--otlp-endpoint", metavar="URL", help="Send a trace of each job to this collector (OTLP/HTTP)."),
+        click.option("--log-jobs", is_flag=True, help="Log a record for each job at its end."),
+        click.option("--log-format", type=click.Choice(["text", "json"]), help="How a record of the log looks (text)."),
+        click.option("--advertise", metavar="URL", help="This queen's address for other queens of the same state."),
+        click.option(
+            "--state-password-file",
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False),
+            help="A private file with the password of that Redis.",
+        ),
+        click.option(
+            "--state", metavar="URL", help="The Redis for what processes and queens share: redis://HOST:PORT/0."
+        ),
+        click.option(
+            "--processes", metavar="N", type=click.IntRange(1, 64), help="Server processes (1; more need --state)."
+        ),
         click.option(
             "--hive-port", metavar="N", type=PORT, envvar="RBEE_HIVE_PORT", help="The local hive's port (7835)."
         ),
@@ -66,9 +82,10 @@ def command() -> None:
     ],
 )
 @options
-def start(port: int | None, host: str | None, inventory: str | None, hive_port: int | None) -> None:
+def start(inventory: str | None, state_password_file: str | None, **more: Any) -> None:
     """Start the queen in the background and print its address, once it and this machine's hive are up."""
-    asked = Options(port, host, hive_port, str(Path(inventory).absolute()) if inventory else None)
+    # The queen runs in a folder of her own.
+    asked = Options(inventory=_absolute(inventory), state_password_file=_absolute(state_password_file), **more)
     with Waiting("starting the queen") as waiting:
         record, started = local_queen.start(asked, waiting.step)
         reported = local_queen.await_hive(record, waiting.step)
@@ -124,14 +141,11 @@ def status(door: Door, as_json: bool) -> None:
 )
 @options
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def run(
-    port: int | None, host: str | None, inventory: str | None, hive_port: int | None, more: tuple[str, ...]
-) -> None:
+def run(more: tuple[str, ...], **given: Any) -> None:
     """Run the queen in the foreground; what else is given goes to `python -m rbee.queen run`."""
     from rbee.cli.programs import become
 
-    arguments = Options(port, host, hive_port, inventory).arguments()
-    become("rbee.queen", ["run", *arguments, *more])
+    become("rbee.queen", ["run", *Options(**given).arguments(), *more])
 
 
 @command.command(
@@ -170,6 +184,25 @@ def logs(lines: int, follow: bool) -> None:
                 file = path.open(encoding="utf-8", errors="replace")
 
 
+def _show_sharing(status: QueenStatus, now: float) -> None:
+    shared = status.shared_state
+    if shared is None:
+        return
+    state = "reached" if shared.reached else "away"
+    others = "".join(f", {name} at {url or 'no address'}" for name, url in sorted(shared.queens.items()))
+    click.echo(f"State: {clean(shared.url)} {state} for {age(now - shared.since)}; queen {shared.queen}{clean(others)}")
+    for one in status.processes:
+        alone = "" if one.state_reached else ", without the state"
+        click.echo(
+            f"Process {one.slot}: {one.pid}, up {age(now - one.started_at)}, {one.in_flight} in flight, "
+            f"{one.waiting} waiting{alone}"
+        )
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path else None
+
+
 def _show(status: QueenStatus) -> None:
     now = time.time()
     draining = ", draining" if status.draining else ""
@@ -177,6 +210,7 @@ def _show(status: QueenStatus) -> None:
         f"Queen {status.version} at {status.url}, process {status.pid}, up {age(now - status.started_at)}, "
         f"{status.in_flight} in flight{draining}"
     )
+    _show_sharing(status, now)
     click.echo(f"Script: {status.scheduler or 'built-in'}")
     if status.scheduler_error:
         console().print(f"  {clean(status.scheduler_error)}", style="red")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -14,6 +14,7 @@ from rbee.cli.scheduler_share import install, publish
 from rbee.cli.scheduler_try import replay, simulate
 from rbee.cli.terminal import clean, table
 from rbee.errors import InvalidScript
+from rbee.wire.openai import PriorityWord
 from rbee.wire.scheduler import ExplainJob, Explanation, SchedulerView
 
 READ_ON = "docs/routing.md"
@@ -82,7 +83,13 @@ def reload(door: Door) -> int:
 )
 @click.option("-m", "--model", required=True, help="The job's model.")
 @click.option("--capability", default="chat", show_default=True, help="What it asks for: chat, embedding, image …")
-@click.option("--priority", default="interactive", show_default=True, help="interactive, normal or batch.")
+@click.option(
+    "--priority",
+    type=click.Choice(get_args(PriorityWord)),
+    default="interactive",
+    show_default=True,
+    help="What its client says.",
+)
 @click.option("--tier", default="", help="The key's customer tier.")
 @click.option("--tenant", default="", help="The key's tenant.")
 @click.option("--region", default="", help="The region that it must stay in.")

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 SPINNER_AFTER_S = 0.15
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -58,10 +58,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         cells = [clean(str(cell)) for cell in row]
         grid.add_row(*(Text(cell or "-", style=COLOURS.get(cell, "")) for cell in cells))
+    write(grid)
+
+
+def write(what: RenderableType) -> None:
+    """Print what rich draws, without the spaces to which it fills its lines."""
     out = console()
     with out.capture() as capture:
-        out.print(grid)
-    # Rich pads each line to its last column.
+        out.print(what)
     sys.stdout.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
 
 

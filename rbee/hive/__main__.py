@@ -19,7 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, run the hive, and return the exit code."""
     options = _parser().parse_args(arguments)
     level = options.log_level.upper()
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s")
+    if options.log_format == "json":
+        from rbee import logs
+
+        logs.configure("json", level)
+    else:
+        logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s")
     try:
         settings = Settings.from_file(options.settings) if options.settings else _by_hand(options)
         from rbee.hive import agent
@@ -58,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--ephemeral", action="store_true", help="stop quickly: jobs that run get one second to end")
     load_limit = "end a worker whose model is not loaded within this time (default: %(default)g)"
     run.add_argument("--load-limit", type=float, default=LOAD_LIMIT_S, metavar="SECONDS", help=load_limit)
+    run.add_argument("--log-format", choices=("text", "json"), default="text", help="how a record of the log looks")
     run.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -230,5 +231,6 @@ def _told(belief: Belief) -> tuple[object, ...]:
     return (belief.unit.pid, health.progress, health.slots, health.context_tokens, health.capabilities, health.features)
 
 
+@functools.lru_cache(maxsize=64)  # the same start is the same time in every report, also when the clock is set
 def _wall_clock(monotonic_us: int) -> float:
     return time.time() - time.monotonic() + monotonic_us / 1e6 if monotonic_us else 0.0

@@ -20,7 +20,8 @@ from rbee.errors import Busy, TimedOut, Unreachable, WorkerLost
 from rbee.http.tls import reason
 
 RECEIVE_BYTES = 65536
-MAX_IDLE = 64
+MAX_IDLE = 512
+MAX_STARTS = 32
 MAX_HEAD_BYTES = 65536
 KEEPALIVE_AFTER_S, KEEPALIVE_EVERY_S, KEEPALIVE_PROBES = 5, 5, 4
 UNHEARD_FOR_S = 20.0
@@ -32,12 +33,21 @@ OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS
 """What keeps a connection from being made that is no fault of the other side."""
 
 
+def receive(sock: socket.socket, timeout_s: float | None) -> bytes:
+    """Return what came next, b"" at the end. Raises: OSError; TimeoutError without a number when nothing came."""
+    sock.settimeout(timeout_s)
+    return sock.recv(RECEIVE_BYTES)
+
+
 class Upstream:
     """A pool of kept-alive connections to `http://host:port`, `https://host:port` or `unix:/path`.
 
     `tls` says whom `https` trusts (`tls.client_context` of the fleet's authority); without it, whom the machine trusts.
-    `base_path` stands in the place of the `/v1` that paths begin with.
+    `base_path` stands in the place of the `/v1` that paths begin with. `receive` is how bytes are waited for; a program
+    in which very many wait may put its own in the class.
     """
+
+    receive: Callable[[socket.socket, float | None], bytes] = staticmethod(receive)
 
     def __init__(
         self,
@@ -52,6 +62,7 @@ class Upstream:
         self.token = token
         self._connect_timeout_s = connect_timeout_s
         self._base_path = "" if base_path == "/v1" else base_path
+        self._starts: dict[tuple[str, str, str], str] = {}
         self._tls: ssl.SSLContext | None = None
         self._idle: deque[socket.socket] = deque(maxlen=MAX_IDLE)
         if url.startswith("unix:"):
@@ -92,8 +103,8 @@ class Upstream:
             answer = Answer(self, sock, wait)
             try:
                 sock.settimeout(timeout_s)
-                sock.sendall(message)
-                answer.read_head()
+                send_all(sock, message)
+                answer.read_head(timeout_s)
             except TimeoutError as problem:
                 answer.close()
                 if problem.errno is not None:
@@ -122,6 +133,13 @@ class Upstream:
     def lost_idle(self) -> bool:
         """Return True when the other side has closed a kept connection: most likely its process has ended."""
         return any(_readable(sock) for sock in tuple(self._idle))
+
+    def connect(self) -> None:
+        """Make one more connection, to be used later: the kernel of a machine that is there answers at once.
+
+        Raises: Unreachable; Busy when this process has no descriptor left.
+        """
+        self.give_back(self._connect())
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -171,15 +189,22 @@ class Upstream:
             raise Unreachable(f"No safe connection to {self.url}: {reason(problem)}") from None
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], length: int) -> bytes:
-        if self._base_path and path.startswith("/v1/"):
-            path = self._base_path + path[3:]
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}:{self._port}" if self._port else "Host: localhost"]
+        start = self._starts.get((method, path, self.token)) or self._start(method, path)
+        sized = f"Content-Length: {length}\r\n" if length or method in ("POST", "PUT", "PATCH") else ""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        return f"{start}{sized}{lines}\r\n".encode("latin-1")
+
+    def _start(self, method: str, path: str) -> str:
+        """Return the lines that are the same for every request to a path; those of the latest paths are kept."""
+        target = self._base_path + path[3:] if self._base_path and path.startswith("/v1/") else path
+        host = f"{self._host}:{self._port}" if self._port else "localhost"
+        start = f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n"
         if self.token:
-            lines.append(f"Authorization: Bearer {self.token}")
-        if length or method in ("POST", "PUT", "PATCH"):
-            lines.append(f"Content-Length: {length}")
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            start += f"Authorization: Bearer {self.token}\r\n"
+        if len(self._starts) >= MAX_STARTS:
+            self._starts.clear()
+        self._starts[method, path, self.token] = start
+        return start
 
 
 class Answer:
@@ -217,11 +242,11 @@ class Answer:
         # llhttp forgets it as soon as the message is complete.
         self._keep = self._parser.should_keep_alive()
 
-    def read_head(self) -> None:
+    def read_head(self, timeout_s: float | None) -> None:
         """Receive until the head is whole."""
         while not self._head_done:
             self._await()
-            data = self._sock.recv(RECEIVE_BYTES)
+            data = self._upstream.receive(self._sock, timeout_s)
             if not data:
                 raise ConnectionResetError("end of stream")
             self.touched = True
@@ -286,8 +311,7 @@ class Answer:
     def _receive(self, timeout_s: float | None) -> None:
         self._await()
         try:
-            self._sock.settimeout(timeout_s)
-            data = self._sock.recv(RECEIVE_BYTES)
+            data = self._upstream.receive(self._sock, timeout_s)
         except (OSError, ValueError) as problem:
             # The kernel's own ETIMEDOUT, of a connection that it gave up, is a TimeoutError as well.
             if isinstance(problem, TimeoutError) and problem.errno is None:
@@ -333,8 +357,33 @@ def notice_silence(sock: socket.socket, unheard_for_s: float = UNHEARD_FOR_S) ->
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send everything. What fits into the kernel's buffer, which most does, takes one call. Raises: OSError."""
+    # gevent's sockets wrap one that never waits.
+    inner: socket.socket | None = getattr(sock, "_sock", None)
+    if inner is None or isinstance(sock, ssl.SSLSocket):
+        sock.sendall(data)
+        return
+    try:
+        sent = inner.send(data)
+    except BlockingIOError:
+        sent = 0
+    if sent < len(data):
+        sock.sendall(memoryview(data)[sent:])
+
+
 def _readable(sock: socket.socket) -> bool:
     """A kept connection that has bytes or an end to read is of no more use."""
-    poller = select.poll()
-    poller.register(sock.fileno(), select.POLLIN)
-    return bool(poller.poll(0))
+    inner: socket.socket | None = getattr(sock, "_sock", None)
+    if inner is None:
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLIN)
+        return bool(poller.poll(0))
+    # gevent's poll takes ten times as long as a look by itself.
+    try:
+        inner.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

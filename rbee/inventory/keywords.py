@@ -75,7 +75,7 @@ WORKER_KEYS = (
     Key("start-limit", "start_limit_s", values.TIME, "How long loading may take (default: the hive's limit)."),
     Key("memory", "memory_bytes", values.SIZE, "The most memory that it may use (default: no limit)."),
     Key("url", "url", values.URL, "Any OpenAI-compatible server, which rbee neither starts nor stops."),
-    Key("key-file", "key_file", values.PATH, "With url: the file, on the queen's machine, that holds its API key."),
+    Key("key-file", "key_file", values.PATH, "With url: the file of its API key, here or on the queen's machine."),
     Key("upstream-model", "upstream_model", values.UPSTREAM_MODEL, "With url: the model's name there, if another."),
     Key(
         "capabilities",

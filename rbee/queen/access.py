@@ -10,14 +10,15 @@ import hmac
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from gevent import get_hub
 
-from rbee.errors import AccessDenied, Forbidden, RbeeError
+from rbee.errors import Forbidden, RbeeError
 from rbee.queen.jwt_tokens import JwtTokens
-from rbee.queen.keys import ADMIN, INFERENCE, METRICS, PREFIX, KeyStore
+from rbee.queen.keys import ADMIN, INFERENCE, METRICS, PREFIX, Key, KeyStore, no_key
 from rbee.queen.policy import NO_LIMITS, Policy
 from rbee.queen.settings import Settings
 
@@ -54,40 +55,51 @@ class Access:
         self._settings = settings
         self._keys = keys
         self._tokens = tokens
+        self._callers: dict[str, tuple[Key | None, Caller]] = {}
+        self._own = [
+            (token.encode(), caller)
+            for token, caller in ((settings.admin_token, OPERATOR), (settings.hive_token, HIVE))
+            if token
+        ]
 
     def caller(self, environ: Mapping[str, str]) -> Caller:
         """Return who may use the models. Raises: AccessDenied, Forbidden."""
-        caller = self._anyone(environ)
+        caller = self.anyone(environ)
         if INFERENCE not in caller.scopes:
             raise Forbidden("This API key may not use the models", hint="rbee key set ID --scope inference")
         return caller
 
     def reader(self, environ: Mapping[str, str]) -> Caller:
         """Return who may read the metrics: a tenant its own, anyone else all. Raises: AccessDenied, Forbidden."""
-        caller = self._anyone(environ)
+        caller = self.anyone(environ)
         # Whoever holds a key without a tenant is the operator's own; an issuer's tokens must be told apart.
         if caller.id.startswith("jwt:") and not caller.tenant and not caller.scopes & {METRICS, ADMIN}:
             raise Forbidden("This token may not read the metrics", hint="a token with the scope metrics, or a tenant")
         return caller
 
-    def _anyone(self, environ: Mapping[str, str]) -> Caller:
+    def anyone(self, environ: Mapping[str, str]) -> Caller:
+        """Return who calls, whatever that allows. Raises: AccessDenied, Forbidden."""
         secret = _secret(environ)
+        if secret.startswith(PREFIX):
+            return self._by_key(secret)
         known = self._known(secret)
         if known:
             return known
         if self._tokens is not None and _is_token(secret):
             return self._by_token(secret)
+        if self._settings.require_key:
+            return self._by_key(secret)
         local = _is_local(environ)
-        if secret.startswith(PREFIX) or (secret and not local) or self._settings.require_key:
+        if secret and not local:
             return self._by_key(secret)
         if local:
             return LOCAL
-        if _is_loopback(environ) and environ.get("HTTP_ORIGIN"):
-            raise Forbidden("A page of another origin may not use this machine's models", hint="an API key")
-        raise AccessDenied(
-            "You didn't provide an API key, and this request does not come from this machine",
-            hint="Authorization: Bearer KEY, with a KEY from: rbee key create NAME",
-        )
+        if _is_loopback(environ) and not _is_proxied(environ):
+            raise Forbidden(
+                "This request came from this machine, but for another host's name or from a page of another origin",
+                hint="http://localhost, or an API key from: rbee key create NAME",
+            )
+        raise no_key()
 
     def operator(self, environ: Mapping[str, str]) -> Caller:
         """Return who may control the fleet. Raises: AccessDenied, Forbidden."""
@@ -103,16 +115,12 @@ class Access:
     def hive(self, environ: Mapping[str, str]) -> Caller:
         """Return a hive that reports. Raises: AccessDenied."""
         if self._known(_secret(environ)) is not HIVE:
-            raise AccessDenied("Only a hive with this queen's hive token may report here")
+            raise no_key()
         return HIVE
 
     def _known(self, secret: str) -> Caller | None:
         given = secret.encode("utf-8", "replace")
-        if self._settings.admin_token and hmac.compare_digest(given, self._settings.admin_token.encode()):
-            return OPERATOR
-        if self._settings.hive_token and hmac.compare_digest(given, self._settings.hive_token.encode()):
-            return HIVE
-        return None
+        return next((caller for token, caller in self._own if hmac.compare_digest(given, token)), None)
 
     def _by_token(self, secret: str) -> Caller:
         assert self._tokens is not None
@@ -124,12 +132,16 @@ class Access:
 
     def _by_key(self, secret: str) -> Caller:
         if not secret:
-            raise AccessDenied("You didn't provide an API key", hint="Authorization: Bearer KEY")
+            raise no_key()
         if self._keys.stale():
             # Another program has written the keys. SQLite may wait for it, which must not hold up every stream.
             _off_hub(self._keys.reload)
         key = self._keys.check(secret)
-        return Caller(key.id, key.name, key.scopes, key.policy)
+        known, caller = self._callers.get(key.id, (None, LOCAL))
+        if known is not key:
+            caller = Caller(key.id, key.name, key.scopes, key.policy)
+            self._callers[key.id] = (key, caller)
+        return caller
 
 
 def _off_hub(function: Callable[..., T], *args: object) -> T:
@@ -161,20 +173,32 @@ def _secret(environ: Mapping[str, str]) -> str:
 
 
 def _is_local(environ: Mapping[str, str]) -> bool:
-    if not _is_loopback(environ) or any(name in environ for name in PROXY_HEADERS):
+    if not _is_loopback(environ) or _is_proxied(environ):
         return False
     # A page whose name was re-bound to 127.0.0.1 gives itself away by the Host it asks for.
     return _host_of("//" + environ.get("HTTP_HOST", "")) in LOCAL_NAMES and _origin_is_local(environ)
 
 
+def _is_proxied(environ: Mapping[str, str]) -> bool:
+    return any(name in environ for name in PROXY_HEADERS)
+
+
 def _is_loopback(environ: Mapping[str, str]) -> bool:
+    return _loops_back(environ.get("REMOTE_ADDR", ""))
+
+
+@lru_cache(maxsize=1024)
+def _loops_back(address: str) -> bool:
     try:
-        return ipaddress.ip_address(environ.get("REMOTE_ADDR", "")).is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False
 
 
 def _origin_is_local(environ: Mapping[str, str]) -> bool:
+    # Browsers tell of no Origin where a page only embeds something, but whose page it is (W3C Fetch Metadata).
+    if environ.get("HTTP_SEC_FETCH_SITE") == "cross-site":
+        return False
     origin = environ.get("HTTP_ORIGIN")
     return origin is None or (origin != "null" and _host_of(origin) in LOCAL_NAMES)
 

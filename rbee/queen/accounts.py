@@ -6,10 +6,11 @@ import time
 
 from rbee.errors import RbeeError, ShuttingDown
 from rbee.queen.client_watch import ClientGone
+from rbee.queen.counting import code_of
 from rbee.queen.job import Job
 from rbee.queen.job_rows import TakenJob
 from rbee.queen.ledger import Ended, owner_of
-from rbee.wire.errors import ErrorDetail, detail_of, encode_detail
+from rbee.wire.errors import ErrorDetail, UpstreamError, detail_of, encode_detail
 from rbee.wire.jobs import JobStatus, JobView
 
 
@@ -27,7 +28,8 @@ def ended_row(job: Job, problem: BaseException | None) -> Ended:
         job.worker_id,
         job.prompt_tokens,
         job.completion_tokens,
-        encode_detail(error_of(problem)) if problem is not None else "",
+        encode_detail(kept_error(job, problem)) if problem is not None else "",
+        job.usage_estimated,
     )
 
 
@@ -47,6 +49,17 @@ def error_of(problem: BaseException) -> ErrorDetail:
     if isinstance(problem, (ClientGone, GeneratorExit)):
         return ErrorDetail(message="The job was cancelled", type="cancelled", code="cancelled")
     return ErrorDetail(message="An internal error occurred", type="server_error", code="internal_error")
+
+
+def kept_error(job: Job, problem: BaseException) -> ErrorDetail:
+    """Return what is recorded of a problem. Engines repeat prompts in theirs, which their client has read already.
+
+    The error of a job that nobody waited for is its answer.
+    """
+    if not isinstance(problem, UpstreamError) or job.kind != "request":
+        return error_of(problem)
+    words = f"The engine answered {problem.status}; what it said went to the client only"
+    return ErrorDetail(message=words, type="upstream_error", code=code_of(problem))
 
 
 def unread_row(taken: TakenJob, problem: BaseException | None) -> Ended:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import gevent
 
-from rbee.errors import Busy, Forbidden, QueueFull, RbeeError
+from rbee.errors import Busy, Forbidden, QueueFull
 from rbee.queen.capacity import Capacity
-from rbee.queen.client_watch import ClientGone
+from rbee.queen.counting import outcome_of
 from rbee.queen.job import Job
 from rbee.queen.limits import Charge, Limits
 from rbee.queen.metrics import Metrics
@@ -105,7 +105,7 @@ class Admission:
         used = job.prompt_tokens + job.completion_tokens
         # Where an engine told nothing, what was reserved stands for it, if anything was done at all.
         self.limits.settle(place.charge, used or (estimate(job) if job.worker_id else 0))
-        outcome = _outcome(problem)
+        outcome = outcome_of(problem)
         self._metrics.ended(job, outcome)
         self.tenants.ended(job, outcome)
         if place.queue is not None:
@@ -146,6 +146,11 @@ class Admission:
             check(job)
             gevent.wait([ticket.granted, job.client.gone], timeout=self._queue_timeout_s, count=1)
             job.client.check()
+            if ticket.left:
+                raise QueueFull(
+                    f"The queue is full, and others' jobs came before this one{self._doing(job.request.model)}",
+                    retry_after_s=queue.retry_after_s(self.queues.capacity(job.request.model)),
+                )
             if not ticket.granted.is_set():
                 raise Busy(
                     f"This job waited {self._queue_timeout_s:g} s for its turn{self._doing(job.request.model)}",
@@ -173,11 +178,3 @@ class Admission:
 def estimate(job: Job) -> int:
     """Return about how many tokens a job takes: its prompt at four bytes a token, and the most that it asks for."""
     return job.request.prompt_bytes() // 4 + (job.request.output_limit() or 0)
-
-
-def _outcome(problem: BaseException | None) -> str:
-    if problem is None:
-        return "ok"
-    if isinstance(problem, RbeeError):
-        return problem.code or "error"
-    return "cancelled" if isinstance(problem, (ClientGone, GeneratorExit)) else "error"

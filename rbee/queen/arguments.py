@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from rbee import paths
 from rbee.errors import InvalidInput, SetupProblem
+from rbee.logs import LogFormat
 from rbee.queen.retention import DAY_S, MAX_KEEP_DAYS, RETENTION, Retention
 from rbee.queen.settings import Settings
+from rbee.queen.sharing import sharing_of
 from rbee.tokens import shared_token
 from rbee.wire.settings import QueenSettings, read_settings, secret_path
 
@@ -37,6 +40,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--keep-{name}", type=float, default=default, metavar="DAYS", help=f"keep {what} for so long ({default:g})"
         )
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="server processes (1; more need --state)")
+    parser.add_argument("--state", default="", metavar="URL", help="Redis for what processes and queens share")
+    parser.add_argument("--state-password-file", type=Path, metavar="FILE", help="private file with its password")
+    parser.add_argument("--advertise", default="", metavar="URL", help="the address of this queen for other queens")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="text", help="how a record looks (text)")
+    parser.add_argument("--log-jobs", action="store_true", help="log a record for each job at its end")
+    parser.add_argument(
+        "--otlp-endpoint", default="", metavar="URL", help="send a trace of each job there, by OTLP/HTTP"
+    )
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--ephemeral", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -72,7 +84,11 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             usage_s=arguments.keep_usage * DAY_S,
         ),
         hive_token=shared_token(state / "hive.token"),
+        log_format=arguments.log_format,
+        log_jobs=arguments.log_jobs,
+        otlp_endpoint=arguments.otlp_endpoint,
         drain_s=5.0 if arguments.ephemeral else 30.0,
+        **sharing_of(arguments.processes, arguments.state, arguments.state_password_file, arguments.advertise),
     )
 
 
@@ -91,12 +107,21 @@ def _declared(told: QueenSettings, parent_pid: int) -> Settings:
         parent_pid=parent_pid,
         require_key=told.require_key,
         platform=told.platform,
+        log_format=told.log_format,
+        log_jobs=told.log_jobs,
+        otlp_endpoint=told.otlp_endpoint,
         retention=Retention(
             jobs_s=told.keep_jobs_days * DAY_S,
             results_s=told.keep_results_days * DAY_S,
             usage_s=told.keep_usage_days * DAY_S,
         ),
         hive_token=shared_token(state / "hive.token"),
+        **sharing_of(
+            told.processes,
+            told.state,
+            secret_path(told.state_password_file) if told.state_password_file else None,
+            told.advertise,
+        ),
     )
 
 

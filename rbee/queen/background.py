@@ -18,19 +18,20 @@ import msgspec
 from gevent.pool import Pool
 from gevent.queue import PriorityQueue
 
-from rbee.errors import Busy, Lost, RateLimited, RbeeError, ShuttingDown, StorageProblem, TimedOut
+from rbee.errors import Busy, DeadlineExceeded, Lost, RateLimited, RbeeError, ShuttingDown, StorageProblem, TimedOut
+from rbee.logs import serving
 from rbee.queen import job_rows
 from rbee.queen.access import Caller
 from rbee.queen.accounts import ended_row, error_of, live_view, status_of, unread_row
 from rbee.queen.client_watch import ClientGone, ClientWatch
 from rbee.queen.job import Job, new_id
 from rbee.queen.job_events import DELTA, DONE, ERROR, QUEUED, STARTED, EventLog, payloads
-from rbee.queen.job_rows import JobEnd, NewJob, TakenJob
+from rbee.queen.job_rows import NO_WISHES, JobEnd, NewJob, TakenJob, Wishes
 from rbee.queen.jobs import Jobs
 from rbee.queen.ledger import caller_of, caller_text, owner_of
 from rbee.queen.records import Operation, Records
 from rbee.wire.errors import ErrorDetail, encode_detail
-from rbee.wire.jobs import PRIORITIES, CreateJob, JobStatus, JobView
+from rbee.wire.jobs import PRIORITIES, CreateJob, JobStatus, JobUsage, JobView
 from rbee.wire.openai import decode
 
 if TYPE_CHECKING:
@@ -86,31 +87,43 @@ class Background:
         self._watcher = batches
         gevent.spawn(self._start, batches)
 
-    def create(self, caller: Caller, wanted: CreateJob, answer: Callable[[str], Operation] | None) -> str:
+    def create(
+        self,
+        caller: Caller,
+        wanted: CreateJob,
+        answer: Callable[[str], Operation] | None,
+        *,
+        wishes: Wishes = NO_WISHES,
+        timeout_s: float | None = None,
+    ) -> str:
         """Accept a job and return its id once it is on the disk.
 
-        `answer` makes the operation that belongs in the same transaction. Raises: InvalidRequest, NotSupported,
-        RateLimited, StorageProblem.
+        `answer` makes the operation that belongs in the same transaction; `timeout_s` counts from this moment.
+        Raises: InvalidRequest, NotSupported, RateLimited, StorageProblem.
         """
         body = bytes(wanted.body)
         request = decode(wanted.endpoint, body)
         self._records.check()
-        job_id = new_id()
+        job_id, now = new_id(), time.time()
+        priority, said = caller.policy.heard(wanted.priority)
         new = NewJob(
             id=job_id,
             owner=owner_of(caller),
             key=caller.id,
             endpoint=wanted.endpoint,
             model=request.model,
-            created_at=time.time(),
-            priority=caller.policy.urgency(wanted.priority),
+            created_at=now,
+            priority=priority,
             metadata=wanted.metadata,
             body=body,
             caller=caller_text(caller),
+            wishes=msgspec.structs.replace(wishes, said=said if said != priority else ""),
+            deadline_at=now + timeout_s if timeout_s is not None else 0.0,
         )
         along = answer(job_id) if answer else None
         self._records.call(lambda db: _accept(db, new, along))
         self.logs[job_id] = _new_log(job_id)
+        self._keep_deadline(job_id, new.deadline_at)
         self._waiting.put((PRIORITIES.index(new.priority), job_id))
         return job_id
 
@@ -122,6 +135,11 @@ class Background:
         """Return the jobs of an owner (None: everyone's) that clients wait for at present."""
         live = self._jobs.live.values()
         return [job for job in live if job.kind == "request" and owner in (None, owner_of(job.caller))]
+
+    def placed(self, view: JobView) -> JobView:
+        """Return a view with the worker that the job runs at; the records have it when it is over."""
+        job = self._jobs.live.get(view.id)
+        return msgspec.structs.replace(view, worker=job.worker_id) if job is not None and not view.worker else view
 
     def put_lines(self, job_ids: Iterable[str]) -> None:
         """Have lines of a batch run, whose jobs are in the records."""
@@ -138,24 +156,43 @@ class Background:
         if view.status.final:
             return view
         events = self._log(job_id)
-        if not self._cancel_queued(job_id, events) and job_id in self._clients:
+        cancelled = self._end_queued(job_id, events, JobStatus.CANCELLED, CANCELLED)
+        if not cancelled and job_id in self._clients:
             self._clients[job_id].leave()
             deadline = time.monotonic() + CANCEL_TIMEOUT_S
             while job_id in self._clients and time.monotonic() < deadline:
                 gevent.sleep(0.005)
         return self._records.call(lambda db: job_rows.view(db, job_id, owner))
 
-    def stop_lines(self, job_ids: Iterable[str]) -> None:
-        """Cancel those of some lines that run at present; nobody waits for their end here."""
+    def stop_lines(self, job_ids: Iterable[str], never_begun: int) -> None:
+        """Cancel those of some lines that run at present; nobody waits for their end here. Others had not begun."""
+        self._jobs.never_begun(never_begun)
         for job_id in job_ids:
             if job_id in self._clients:
                 self._clients[job_id].leave()
 
-    def _cancel_queued(self, job_id: str, events: EventLog) -> bool:
-        facts = {"status": JobStatus.CANCELLED, "error": CANCELLED}
-        error, kept = encode_detail(CANCELLED), events.ending(ERROR, **facts)
-        if not self._records.call(lambda db: job_rows.cancel_queued(db, job_id, error, kept)):
+    def _keep_deadline(self, job_id: str, deadline_at: float) -> None:
+        if deadline_at:
+            gevent.spawn_later(max(0.0, deadline_at - time.time()), self._out_of_time, job_id)
+
+    def _out_of_time(self, job_id: str) -> None:
+        """End a job whose client allowed no more time, whether it runs or not."""
+        problem = DeadlineExceeded("The job was not done within its time (X-Request-Timeout)")
+        if job_id in self._clients:
+            self._clients[job_id].end(problem)
+            return
+        try:
+            self._end_queued(job_id, self._log(job_id), JobStatus.FAILED, error_of(problem))
+        except StorageProblem as trouble:
+            log.warning("job %s: its end cannot be recorded yet: %s", job_id, trouble)
+            gevent.spawn_later(1.0, self._out_of_time, job_id)
+
+    def _end_queued(self, job_id: str, events: EventLog, status: JobStatus, why: ErrorDetail) -> bool:
+        facts = {"status": status, "error": why}
+        error, kept = encode_detail(why), events.ending(ERROR, **facts)
+        if not self._records.call(lambda db: job_rows.end_queued(db, job_id, status, error, kept)):
             return False
+        self._jobs.never_begun()
         events.tell(ERROR, **facts)
         self.logs.pop(job_id, None)
         return True
@@ -171,6 +208,7 @@ class Background:
         for one in waiting:
             if one.batch is None:
                 self._log(one.id)
+                self._keep_deadline(one.id, one.deadline_at)
                 self._waiting.put((PRIORITIES.index(one.priority), one.id))
             elif one.batch in under_way:
                 self._lines.put((0, one.id))
@@ -196,6 +234,7 @@ class Background:
 
     def _run(self, job_id: str) -> None:
         client = self._clients[job_id] = ClientWatch(None)
+        serving(job_id)
         try:
             taken = self._taken(job_id)
             if taken is not None:
@@ -237,7 +276,8 @@ class Background:
             body = self._files.part(taken)
         job = Job(taken.endpoint, decode(taken.endpoint, body), body, caller_of(taken.caller), client)
         job.id, job.kind, job.metadata = taken.id, taken.kind, taken.metadata
-        job.priority = taken.priority
+        job.priority, job.said = taken.priority, taken.wishes.said
+        job.hive_wish, job.region, job.tags = taken.wishes.hive or None, taken.wishes.region, taken.wishes.tags
         job.created_at = taken.created_at
         job.on_event = lambda name, place: None if name == STARTED else events.tell(name, worker=place)
         return job
@@ -293,7 +333,9 @@ class Background:
             row = msgspec.structs.replace(ended_row(job, problem), owner=taken.owner)
         else:  # its file is gone, or is not what it was when it was accepted
             row = unread_row(taken, problem)
-        usage = {"prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens}
+        usage = JobUsage(
+            prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens, estimated=row.estimated
+        )
         facts: dict[str, object] = {"status": status, "usage": usage}
         if problem is not None:
             facts["error"] = error_of(problem)

@@ -11,7 +11,8 @@ import msgspec
 from msgspec import Struct
 
 from rbee.errors import NotFound, RateLimited
-from rbee.queen.job_rows import WAITING
+from rbee.queen.job_rows import NEWEST, WAITING, older
+from rbee.queen.owners import made_at
 from rbee.wire.errors import ErrorDetail
 from rbee.wire.jobs import Batch, BatchList, JobStatus, RequestCounts
 
@@ -50,14 +51,14 @@ class LineEnd(Struct, frozen=True):
         return {"code": detail.code or detail.type, "message": detail.message}
 
 
-def insert(db: Connection, state: Batch, owner: str, caller: str, limit: int) -> None:
+def insert(db: Connection, state: Batch, owner: str, caller: str, wishes: str, limit: int) -> None:
     """Write a new batch. Raises: RateLimited."""
     count = db.execute("SELECT count(*) FROM batches WHERE owner = ? AND open = 1", (owner,)).fetchone()[0]
     if count >= limit:
         raise RateLimited(f"{count} of your batches are under way, which is the limit", retry_after_s=60)
     db.execute(
-        "INSERT INTO batches (id, owner, caller, created_at, open, state) VALUES (?, ?, ?, ?, 1, ?)",
-        (state.id, owner, caller, time.time(), _text(state)),
+        "INSERT INTO batches (id, owner, caller, created_at, open, state, wishes) VALUES (?, ?, ?, ?, 1, ?, ?)",
+        (state.id, owner, caller, state.created_at, _text(state), wishes),
     )
 
 
@@ -85,9 +86,9 @@ def get(db: Connection, batch_id: str, owner: str | None) -> Batch:
 def page(db: Connection, owner: str | None, after: str | None, limit: int) -> BatchList:
     """Return some batches, the newest first."""
     rows = db.execute(
-        """SELECT state FROM batches WHERE (? IS NULL OR owner = ?)
-        AND (? IS NULL OR rowid < (SELECT rowid FROM batches WHERE id = ?)) ORDER BY rowid DESC LIMIT ?""",
-        (owner, owner, after, after, limit + 1),
+        f"""SELECT state FROM batches WHERE (? IS NULL OR owner = ?)
+        AND {older("batches")} ORDER BY {NEWEST} LIMIT ?""",
+        (owner, owner, after, after, made_at(after or ""), after, limit + 1),
     ).fetchall()
     found = [_decoder.decode(row[0]) for row in rows[:limit]]
     first, last = (found[0].id, found[-1].id) if found else (None, None)

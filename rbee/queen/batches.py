@@ -8,7 +8,7 @@ validating ─▶ in_progress ─▶ finalizing ─▶ completed        (a bad f
 from __future__ import annotations
 
 import logging
-import secrets
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +25,9 @@ from rbee.queen.batch_lines import Line, check_file
 from rbee.queen.batch_rows import LineEnd
 from rbee.queen.files import FileStore, insert_output
 from rbee.queen.job import new_id
-from rbee.queen.job_rows import NewJob
+from rbee.queen.job_rows import NO_WISHES, NewJob, Wishes
 from rbee.queen.ledger import caller_text, owner_of
+from rbee.queen.owners import Signature, timed_id
 from rbee.queen.records import Records
 from rbee.wire.jobs import (
     Batch,
@@ -45,7 +46,7 @@ WINDOW_S = 86400
 MAX_OPEN = 100
 """Batches of one owner that may be under way at once."""
 INSERT_AT_ONCE, READ_AT_ONCE = 1000, 200
-LOOK_EVERY_S = 15.0
+LOOK_EVERY_S = 1.0
 
 
 @dataclass
@@ -68,22 +69,34 @@ class Batches:
         self._background = background
         self._running: dict[str, Running] = {}
 
-    def create(self, caller: Caller, wanted: CreateBatch, scope: str | None) -> Batch:
-        """Accept a batch once it is on the disk. Raises: NotFound, InvalidRequest, RateLimited, StorageProblem."""
+    def create(
+        self,
+        caller: Caller,
+        wanted: CreateBatch,
+        scope: str | None,
+        *,
+        wishes: Wishes = NO_WISHES,
+        timeout_s: float | None = None,
+    ) -> Batch:
+        """Accept a batch once it is on the disk; `wishes` hold for all its lines, and it expires after `timeout_s`.
+
+        Raises: NotFound, InvalidRequest, RateLimited, StorageProblem.
+        """
         file = self._files.get(wanted.input_file_id, scope)
         if file.purpose != "batch":
             raise InvalidRequest(f"The purpose of {file.id} is {file.purpose!r}, not 'batch'", param="input_file_id")
         now = int(time.time())
         state = Batch(
-            id="batch_" + secrets.token_hex(16),
+            id=timed_id("batch_", now),
             endpoint=wanted.endpoint,
             input_file_id=file.id,
             created_at=now,
-            expires_at=now + WINDOW_S,
+            expires_at=math.ceil(time.time() + (WINDOW_S if timeout_s is None else min(timeout_s, WINDOW_S))),
             metadata=wanted.metadata,
         )
         run = Running(state, owner_of(caller), caller.id)
-        self._records.call(lambda db: batch_rows.insert(db, state, run.owner, caller_text(caller), MAX_OPEN))
+        row = (state, run.owner, caller_text(caller), wishes.text)
+        self._records.call(lambda db: batch_rows.insert(db, *row, limit=MAX_OPEN))
         self._running[state.id] = run
         gevent.spawn(self._begin, run)
         return state
@@ -164,10 +177,10 @@ class Batches:
         self._close(run, [])
 
     def _put(self, run: Running, lines: list[Line]) -> None:
-        state, base = run.state, new_id()
+        state, base = run.state, new_id().removesuffix(Signature.text)
         jobs = [
             NewJob(
-                id=f"{base}{line.number:06x}",
+                id=f"{base}{line.number:06x}{Signature.text}",
                 owner=run.owner,
                 key=run.key,
                 endpoint=state.endpoint,
@@ -203,7 +216,7 @@ class Batches:
         stopped, running = self._call_surely(lambda db: batch_rows.stop_lines(db, run.state.id))
         run.left -= stopped
         run.state.request_counts.failed += stopped
-        self._background.stop_lines(running)
+        self._background.stop_lines(running, stopped if end == "cancelled" else 0)
         self._end_if_done(run)
 
     def _count(self, run: Running) -> None:

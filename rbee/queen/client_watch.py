@@ -31,6 +31,7 @@ class ClientWatch:
         self.expired = False
         self._timeout_s = timeout_s
         self._timer: Any = None
+        self._problem: RbeeError | None = None
         self._sock = sock
         self._on_gone: Callable[[], None] | None = None
         self._io: Any = None
@@ -42,7 +43,9 @@ class ClientWatch:
             self._timer.start(self._expire)
 
     def check(self) -> None:
-        """Raise ClientGone when the client has left, DeadlineExceeded when its time is over."""
+        """Raise ClientGone when the client has left, DeadlineExceeded when its time is over, or what `end` was told."""
+        if self._problem is not None:
+            raise self._problem
         if self.expired:
             raise DeadlineExceeded(f"The request was not done within its {self._timeout_s:g} s (X-Request-Timeout)")
         if self.gone.is_set():
@@ -52,8 +55,8 @@ class ClientWatch:
         """Return what really ended an exchange that broke off with `problem`. Raises: ClientGone."""
         try:
             self.check()
-        except DeadlineExceeded as expired:
-            return expired
+        except RbeeError as real:
+            return real
         return problem
 
     def call_when_gone(self, callback: Callable[[], None] | None) -> None:
@@ -69,6 +72,16 @@ class ClientWatch:
         self.gone.set()
         if callback is not None:
             callback()
+
+    def cut(self) -> None:
+        """Break off what is under way for this client, who waits on."""
+        if self._on_gone is not None:
+            self._on_gone()
+
+    def end(self, problem: RbeeError) -> None:
+        """End the job with a problem that its client is told."""
+        self._problem = problem
+        self.leave()
 
     def close(self) -> None:
         """End the watch. The socket may carry a next request after this."""

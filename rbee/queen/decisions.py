@@ -71,9 +71,8 @@ class DecisionLog:
         lines, self._waiting, self._count = self._waiting, [], 0
         if not lines:
             return
-        try:
-            self._pool.apply(self._write, (lines,))
-        except OSError as problem:
+        problem = self._pool.apply(self._write, (lines,))
+        if problem is not None:
             if not self._broken:
                 log.warning("%s cannot be written (%s); decisions are not kept", self.path, problem.strerror)
             self._broken = True
@@ -84,14 +83,28 @@ class DecisionLog:
 
     def since(self, moment: float) -> Iterator[bytes]:
         """Yield the lines since a moment (Unix time), and the places that they refer to, the oldest first."""
-        for path in reversed(files(self.path)):
+        for path in reversed(self._all()):
             try:
                 with path.open("rb") as file:
                     yield from (line for line in file if _at(line) >= moment - PLACES_EVERY_S and line.endswith(b"\n"))
             except OSError:
                 continue
 
-    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _all(self) -> list[Path]:
+        """Return every file, those of other server processes too, whose names begin the same."""
+        stem = self.path.name.partition(".")[0].partition("-")[0]
+        logs = {self.path, *self.path.parent.glob(f"{stem}.jsonl"), *self.path.parent.glob(f"{stem}-*.jsonl")}
+        return [path for log in sorted(logs) for path in files(log)]
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> OSError | None:
+        # gevent logs what is raised in a thread, with its stack.
+        try:
+            self._append(lines)
+        except OSError as problem:
+            return problem
+        return None
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         data = b"".join(msgspec.json.encode(line, enc_hook=dict) + b"\n" for line in lines)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:

@@ -15,11 +15,12 @@ from gevent import sleep, spawn
 from rbee.errors import DeadlineExceeded, LoadFailed, Lost, RbeeError, TimedOut, Unreachable, WorkerLost
 from rbee.queen.ejection import RetryBudget
 from rbee.queen.fleet import Fleet
-from rbee.queen.health import answers, failed
+from rbee.queen.health import answers, failed, give_up
 from rbee.queen.hives import Worker
-from rbee.queen.job import Exchange, Job
+from rbee.queen.job import PREFILL, WHOLE, Exchange, Job
 from rbee.queen.loads import Loads
 from rbee.queen.places import Candidate
+from rbee.queen.reach import Reach
 from rbee.wire.fleet import WorkerState
 
 log = logging.getLogger("rbee.queen.dispatch")
@@ -35,6 +36,7 @@ class Dispatch:
         self._loads = loads
         self._first_byte_timeout_s = first_byte_timeout_s
         self._budget = RetryBudget()
+        spawn(Reach(fleet, self._suspect).run)
 
     def send(self, job: Job, ranked: Sequence[Candidate]) -> Exchange:
         """Return the exchange with the first place that answers.
@@ -86,18 +88,24 @@ class Dispatch:
         upstream = worker.upstream(job.path, stream=job.stream)
         started = time.monotonic()
         worker.in_flight += 1
+        worker.unanswered[job.id] = job
         worker.ejection.sent()
+        job.enter(PREFILL if job.stream else WHOLE)
+        headers = {"Content-Type": "application/json", "X-Rbee-Job": job.id}
+        if job.trace is not None:
+            headers.update(job.trace.headers(worker.upstream_model))
         try:
             answer = upstream.request(
                 "POST",
                 job.path,
                 _renamed(job.body, worker.upstream_model) if worker.upstream_model else job.body,
-                headers={"Content-Type": "application/json", "X-Rbee-Job": job.id},
+                headers=headers,
                 timeout_s=self._first_byte_timeout_s,
                 wait=lambda answer: job.client.call_when_gone(answer.close),
             )
         except BaseException as problem:
             worker.in_flight -= 1
+            worker.unanswered.pop(job.id, None)
             job.client.call_when_gone(None)
             if isinstance(problem, Lost) and not job.client.gone.is_set():
                 failed(job, worker)
@@ -119,10 +127,12 @@ class Dispatch:
             worker.look()
             return
         worker.lost = True
-        spawn(self._find_out, worker)
+        spawn(self._find_out, worker, isinstance(problem, Unreachable))
 
-    def _find_out(self, worker: Worker) -> None:
+    def _find_out(self, worker: Worker, unreachable: bool) -> None:
         """Ask its hive, then the worker itself until it answers or its hive tells of its end."""
+        if unreachable and not answers(worker):
+            give_up(worker)
         try:
             self._fleet.look(worker.hive, timeout_s=2.0)
         except RbeeError as problem:
@@ -134,6 +144,7 @@ class Dispatch:
                 worker.lost = False
                 self._fleet.announce()
                 return
+            give_up(worker)
             sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -15,7 +15,8 @@ import gevent
 
 from rbee import paths
 from rbee.errors import InvalidRequest, NotFound, PayloadTooLarge, RateLimited, StorageProblem
-from rbee.queen.job_rows import TakenJob
+from rbee.queen.job_rows import NEWEST, TakenJob, older
+from rbee.queen.owners import made_at, timed_id
 from rbee.queen.records import Records
 from rbee.wire.jobs import FileList, FileObject
 
@@ -34,7 +35,7 @@ class FileStore:
     """The files in one folder, each under its id; a name that a client gave is never part of a path."""
 
     def __init__(self, folder: Path, records: Records) -> None:
-        self._folder = paths.private(folder)
+        self._folder = folder
         self._records = records
 
     def write(self, pieces: Iterable[bytes], *, owner: str, filename: str, purpose: str) -> FileObject:
@@ -56,15 +57,18 @@ class FileStore:
         Raises: PayloadTooLarge, StorageProblem.
         """
         upload = self._folder / f"{UPLOAD}{secrets.token_hex(16)}"
-        file_id = PREFIX + secrets.token_hex(16)
+        made_at = int(time.time())
+        file_id = timed_id(PREFIX, made_at)
         try:
+            paths.private(self._folder)
             size = self._receive(upload, pieces)
             _off_hub(lambda: _settle(upload, self.path(file_id)))
         except OSError as problem:
             raise StorageProblem(f"The file cannot be stored ({problem.strerror})", retry_after_s=30) from None
         finally:
-            upload.unlink(missing_ok=True)
-        return FileObject(id=file_id, bytes=size, created_at=int(time.time()), filename=filename, purpose=purpose)
+            with contextlib.suppress(OSError):
+                upload.unlink(missing_ok=True)
+        return FileObject(id=file_id, bytes=size, created_at=made_at, filename=filename, purpose=purpose)
 
     def get(self, file_id: str, owner: str | None) -> FileObject:
         """Return a file's facts. Raises: NotFound, also for a file of another owner."""
@@ -133,8 +137,20 @@ class FileStore:
 
 
 def _off_hub(work: Callable[[], T]) -> T:
-    value: T = gevent.get_hub().threadpool.apply(work)
-    return value
+    """Do work in a thread. Raises: what it raises, which gevent would log if it left the thread."""
+    found: list[T] = []
+    problem = gevent.get_hub().threadpool.apply(_do, (work, found))
+    if problem is not None:
+        raise problem
+    return found[0]
+
+
+def _do(work: Callable[[], T], found: list[T]) -> OSError | None:
+    try:
+        found.append(work())
+    except OSError as problem:
+        return problem
+    return None
 
 
 def _private(path: str, flags: int) -> int:
@@ -184,8 +200,8 @@ def _get(db: Connection, file_id: str, owner: str | None) -> FileObject:
 def _page(db: Connection, owner: str | None, purpose: str | None, after: str | None, limit: int) -> FileList:
     rows = db.execute(
         f"""SELECT {COLUMNS} FROM files WHERE (? IS NULL OR owner = ?) AND (? IS NULL OR purpose = ?)
-        AND (? IS NULL OR rowid < (SELECT rowid FROM files WHERE id = ?)) ORDER BY rowid DESC LIMIT ?""",
-        (owner, owner, purpose, purpose, after, after, limit + 1),
+        AND {older("files")} ORDER BY {NEWEST} LIMIT ?""",
+        (owner, owner, purpose, purpose, after, after, made_at(after or ""), after, limit + 1),
     ).fetchall()
     found = [_object(row) for row in rows[:limit]]
     first, last = (found[0].id, found[-1].id) if found else (None, None)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import falcon
 import msgspec
 from falcon.media.multipart import BodyPart, MultipartFormHandler, MultipartParseError
-from gevent import Timeout
 
-from rbee.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
-from rbee.queen.body import BODY_TIMEOUT_S
+from rbee.errors import InvalidRequest, PayloadTooLarge
+from rbee.queen.body import Paced
 from rbee.queen.files import MAX_FILE_BYTES, PIECE_BYTES
 from rbee.queen.job_rows import scope_of
 from rbee.queen.jobs_api import limit_of
@@ -20,8 +19,6 @@ from rbee.wire.jobs import FileDeleted, FileObject
 
 if TYPE_CHECKING:
     from rbee.queen.app import Queen
-
-T = TypeVar("T")
 
 PURPOSE = "batch"
 MAX_FORM_BYTES = MAX_FILE_BYTES + 65536
@@ -63,9 +60,9 @@ class Files:
         purpose: str | None = None
         stored: FileObject | None = None
         try:
-            for part in self._form.deserialize(req.bounded_stream, req.content_type, req.content_length):
+            for part in self._form.deserialize(Paced(req), req.content_type, req.content_length):
                 if part.name == "purpose":
-                    purpose = _within_time(part.get_text)
+                    purpose = part.get_text()
                     _check_purpose(purpose)
                 elif part.name == "file" and stored is None:
                     name = (part.filename or "file")[:255]
@@ -111,16 +108,8 @@ class FileContent:
 
 
 def _pieces(part: BodyPart) -> Iterator[bytes]:
-    while data := _within_time(lambda: part.stream.read(PIECE_BYTES)):
+    while data := part.stream.read(PIECE_BYTES):
         yield data
-
-
-def _within_time(read: Callable[[], T]) -> T:
-    try:
-        with Timeout(BODY_TIMEOUT_S):
-            return read()
-    except Timeout:
-        raise RequestTimeout(f"Nothing of the file arrived within {BODY_TIMEOUT_S:g} s") from None
 
 
 def _check_purpose(purpose: str | None) -> None:

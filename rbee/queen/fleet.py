@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from rbee.queen.places import Candidate, can, cannot, options
 from rbee.queen.watched import HiveState, Watched
 from rbee.wire.fleet import HiveReport, HiveView, ModelReport, WorkerAccess, WorkerReport, WorkerState
 
+SAME_START_S = 0.05
 SETTLE_S = 30.0
 """How long a hive that has just been met may take to list its engines."""
 
@@ -34,6 +35,8 @@ class Fleet:
         self.hives: dict[str, Hive] = {}
         self.watched: dict[str, Watched] = {}
         self.changed = Event()
+        self.on_ejection: Callable[[str, str, float], None] = lambda worker, event, pause_s: None
+        """Is given what other processes must know of a worker that fails (`Ejection.tell`), with its id."""
         self._expects_hive = expects_hive
         self._settles_by = time.monotonic() + SETTLE_S
         self._path = path
@@ -51,20 +54,22 @@ class Fleet:
         listed = all(hive.report.engines or hive.away for hive in self.hives.values())
         return listed and asked and (own or not self._expects_hive)
 
-    def learn(self, report: HiveReport) -> None:
+    def learn(self, report: HiveReport) -> bool:
         """Take a report that a hive of this machine sent, unless a newer one, or a host of the inventory, is known.
 
         The inventory wins once its hive answers; until then a hive of the same name that runs here is of use.
+        Return False for a report of an earlier run of the hive: it is late by far, or somebody has kept it.
         """
         hive, watched = self.hives.get(report.hive), self.watched.get(report.hive)
         if watched is not None and watched.state is HiveState.READY:
-            return
+            return True
         if hive and not hive.watched and _order(report) < _order(hive.report):
-            return
+            return report.epoch == hive.report.epoch
         if hive is None or hive.watched or hive.report.url != report.url:
             hive = self._meet(Hive(report, Client(report.url, token=self._token), 0.0))
             self._remember()
         self._take(hive, report)
+        return True
 
     def hear(self, watched: Watched, report: HiveReport) -> None:
         """Take the answer of a hive of the inventory. Raises: Unreachable when it is not the hive that was meant."""
@@ -125,15 +130,18 @@ class Fleet:
         hive = self.hives.get(worker.hive)
         return hive is not None and hive.workers.get(worker.report.name) is worker
 
-    def learn_worker(self, hive_name: str, report: WorkerReport) -> None:
-        """Take one worker's state at once, ahead of its hive's next report."""
+    def learn_worker(self, hive_name: str, report: WorkerReport) -> bool:
+        """Take one worker's state at once, ahead of its hive's next report. Return False for an earlier worker's."""
         hive = self.hives.get(hive_name)
         if hive is None or hive.watched is not None:
-            return
+            return True
+        if (known := hive.workers.get(report.name)) and report.started_at < known.report.started_at:
+            return False
         others = [worker for worker in hive.report.workers if worker.name != report.name]
         hive.report = msgspec.structs.replace(hive.report, workers=[*others, report])
         hive.workers = dict(self._workers(hive, hive.report))
         self.announce()
+        return True
 
     def forget_unreachable(self, name: str) -> None:
         """Drop this machine's hive when it does not answer, until it reports again; others are watched anyway."""
@@ -238,13 +246,31 @@ class Fleet:
         for told in report.workers:
             access = told.access or WorkerAccess(url="")
             worker = hive.workers.get(told.name)
-            if worker is None or worker.report.started_at != told.started_at or worker.report.access != told.access:
+            if worker is None or not _same(worker.report, told):
                 front = Upstream(access.url, token=access.token, tls=tls)
                 engine = Upstream(access.engine_url, token=access.token) if access.engine_url else front
-                yield told.name, Worker(report.hive, told, front, engine, ejection=Ejection(self.announce))
+                ejection = self.ejection(report.hive, told.name)
+                yield told.name, Worker(report.hive, told, front, engine, ejection=ejection)
             else:
                 worker.report = told
                 yield told.name, worker
+
+    def ejection(self, hive: str, name: str) -> Ejection:
+        """Return the part of a new worker that knows how its jobs end."""
+        worker_id = f"{hive}/{name}"
+        return Ejection(self.announce, tell=lambda event, pause_s: self.on_ejection(worker_id, event, pause_s))
+
+    def worker(self, worker_id: str) -> Worker | None:
+        """Return the worker of this id, if there is one."""
+        hive, _, name = worker_id.partition("/")
+        places = (self.hives.get(hive), self.hives.get(_key(hive)))
+        return next((place.workers[name] for place in places if place is not None and name in place.workers), None)
+
+    def has_other(self, worker: Worker) -> bool:
+        """Return True when another worker is ready that has the same model."""
+        model = worker.report.model
+        others = (one for hive in self.hives.values() if not hive.away for one in hive.workers.values())
+        return any(one.ready and one is not worker and one.report.model == model for one in others)
 
     def announce(self) -> None:
         """Wake those who wait for something to change."""
@@ -255,6 +281,14 @@ class Fleet:
         own = {name: hive for name, hive in self.hives.items() if hive.watched is None and hive.serves is None}
         urls = {name: hive.report.url for name, hive in own.items()}
         paths.write_private(self._path, msgspec.json.encode(urls))
+
+
+def _same(known: WorkerReport, told: WorkerReport) -> bool:
+    """Return True when two reports are of one run of a worker.
+
+    When it started may be reckoned from two clocks, and then differs a little from report to report.
+    """
+    return known.access == told.access and abs(known.started_at - told.started_at) < SAME_START_S
 
 
 def _order(report: HiveReport) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import falcon
 import msgspec
 
-from rbee.errors import AccessDenied, NotFound, SetupProblem
+from rbee.errors import AccessDenied, Forbidden, NotFound, SetupProblem
 from rbee.queen import body
 from rbee.wire.gitops import STATUS_FILE, SYNC_FILE, WEBHOOK_SECRET_FILE, GitopsStatus, GitopsView
 
@@ -86,7 +86,8 @@ class Status:
         self._queen = queen
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        self._queen.access.caller(req.env)
+        if self._queen.access.caller(req.env).tenant:
+            raise Forbidden("A tenant's key may not see the machines", hint="a key without a tenant")
         status = self._queen.gitops.status()
         if status is None:
             raise NotFound("No reconciler has reported to this queen", hint="rbee gitops, on the queen's machine")

@@ -29,6 +29,12 @@ def is_full(problem: UpstreamError) -> bool:
     return problem.status in (429, 503)
 
 
+def give_up(worker: Worker) -> None:
+    """Break off the jobs of which a worker that is not there has answered nothing: another may take them."""
+    for job in list(worker.unanswered.values()):
+        job.client.cut()
+
+
 def answers(worker: Worker) -> bool:
     """Ask a worker, on a connection beside its jobs, whether it is there at all."""
     path = "/v1/models" if worker.look is not None else "/health"

@@ -80,6 +80,8 @@ class HiveProcess:
             "--parent",
             str(os.getpid()),
         ]
+        # Its log goes where the queen's goes.
+        command += ["--log-format", settings.log_format]
         return [*command, "--ephemeral"] if settings.ephemeral else command
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +15,9 @@ from rbee.inventory.fleet import Host
 from rbee.queen.ejection import Ejection
 from rbee.queen.watched import HiveState, Watched
 from rbee.wire.fleet import HiveReport, HiveView, WorkerReport, WorkerState
+
+if TYPE_CHECKING:
+    from rbee.queen.job import Job
 
 HEARTBEAT_S = 30.0
 LOST_AFTER_S = 3 * HEARTBEAT_S
@@ -35,9 +38,17 @@ class Worker:
     front: Upstream
     engine: Upstream
     in_flight: int = 0
+    elsewhere: int = 0
+    """How many of those are other processes' jobs."""
     lost: bool = False
     ttft_ms: float = 0.0
     tokens_per_second: float = 0.0
+    unanswered: dict[str, Job] = field(default_factory=dict)
+    """The jobs there of whose answers nothing has come, the oldest first."""
+    reached_at: float = float("-inf")
+    """When it was last found out whether its machine can be reached (time.monotonic())."""
+    tokens_written: int = 0
+    """All that came from it: of a stream, each event counts as a token."""
     ejection: Ejection = field(default_factory=Ejection)
     upstream_model: str = ""
     """The model's name there, when it is another."""
@@ -48,6 +59,11 @@ class Worker:
     def id(self) -> str:
         """Return `hive/name`, unique in the fleet."""
         return f"{self.hive}/{self.report.name}"
+
+    def count_elsewhere(self, jobs: int) -> None:
+        """Count the jobs that other processes have there among those in flight."""
+        self.in_flight += jobs - self.elsewhere
+        self.elsewhere = jobs
 
     @property
     def ready(self) -> bool:

@@ -147,10 +147,14 @@ class FollowedInventory:
         return True
 
     def _remember(self, reading: Reading) -> None:
-        if reading.fleet is None:
-            self._memory.unlink(missing_ok=True)
-        else:
-            paths.write_private(self._memory, encode(reading))
+        try:
+            if reading.fleet is None:
+                self._memory.unlink(missing_ok=True)
+            else:
+                paths.write_private(self._memory, encode(reading))
+        except OSError as problem:
+            # It is in force all the same; only a queen that starts while it has mistakes would miss it.
+            log.warning("%s cannot be written (%s)", self._memory, problem.strerror)
 
     def _stamps(self) -> tuple[Stamp, Stamp]:
         """Return how files, and the folders they lie in, look; a new file shows in its folder."""

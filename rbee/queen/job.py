@@ -9,14 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rbee.http.upstream import Answer
 from rbee.queen.access import Caller
 from rbee.queen.client_watch import ClientWatch
 from rbee.queen.hives import Worker
+from rbee.queen.owners import Signature
 from rbee.queen.places import Candidate
 from rbee.queen.policy import Policy, Priority
 from rbee.wire.openai import InferenceRequest
+
+if TYPE_CHECKING:
+    from rbee.queen.tracing import Trace
 
 TYPES = {
     "chat": "text-gen",
@@ -34,6 +39,8 @@ TYPES = {
 BYTES_A_TOKEN = 4
 """What a token is taken for where nobody has counted: near enough for English text."""
 
+QUEUED, ROUTING, LOADING, PREFILL, DECODE, WHOLE = "queued", "routing", "loading", "prefill", "decode", "whole"
+
 TOKENS_TO_TELL = 8
 """From how many tokens on a stream says how fast its worker is."""
 
@@ -42,7 +49,7 @@ _counter = itertools.count(secrets.randbits(24))
 
 def new_id() -> str:
     """Return a job id that no other server process gives out."""
-    return f"job_{time.time_ns():x}{os.getpid():x}{next(_counter) & 0xFFFFFF:06x}"
+    return f"job_{time.time_ns():x}{os.getpid():x}{next(_counter) & 0xFFFFFF:06x}{Signature.text}"
 
 
 @dataclass
@@ -56,6 +63,8 @@ class Job:
     client: ClientWatch
     hive_wish: str | None = None
     priority: Priority = "interactive"
+    said: str = ""
+    """The client's own word for its priority, which scripts see; empty where it is the same."""
     region: str = ""
     """Where it must run; empty: anywhere."""
     tags: tuple[str, ...] = ()
@@ -68,6 +77,9 @@ class Job:
     aside: Callable[[bool], None] | None = None
     """What lets others of the queue go ahead (True) and takes the turn back (False); None while it has no turn."""
     worker_id: str = ""
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    """What was done with it, and since when (time.monotonic()): queued, routing, loading, then prefill and decode, or
+    whole, of an answer that comes at once; a second attempt begins with routing again."""
     failed_at: set[str] = field(default_factory=set)
     """The workers that failed this job."""
     created_at: float = field(default_factory=time.time)
@@ -75,11 +87,15 @@ class Job:
     metadata: dict[str, str] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    usage_estimated: bool = False
+    """The tokens above are the queen's estimate: the engine told none."""
     problem: BaseException | None = None
     answering: bool = False
     """Something of its answer was shown."""
     answered: bool = False
     """Its answer was whole. A job that was never admitted has neither this nor a problem."""
+    trace: Trace | None = None
+    """Where it stands in its trace, while one is made."""
     on_event: Callable[[str, str], None] | None = None
     on_end: Callable[[Job, BaseException | None], None] | None = None
 
@@ -89,6 +105,17 @@ class Job:
     def stream(self) -> bool:
         """Return True when the client asked for an event stream."""
         return bool(self.request.stream)
+
+    def enter(self, phase: str) -> None:
+        """Note that its next phase begins; of an earlier run, nothing is left in `queued`."""
+        if phase == QUEUED:
+            self.phases.clear()
+        self.phases.append((phase, time.monotonic()))
+
+    @property
+    def phase(self) -> str:
+        """Return what is done with it."""
+        return self.phases[-1][0] if self.phases else QUEUED
 
     @contextmanager
     def stepped_aside(self) -> Iterator[None]:
@@ -132,7 +159,7 @@ class Job:
             facts = self._facts = self._record()
         facts["age_s"] = time.monotonic() - self.received_at
         facts["attempts"] = self.attempts
-        facts["priority"] = self.priority
+        facts["priority"] = self.said or self.priority
         return facts
 
     def _record(self) -> dict[str, object]:

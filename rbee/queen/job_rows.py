@@ -21,12 +21,34 @@ from rbee.wire.errors import ErrorDetail
 from rbee.wire.jobs import JobList, JobStatus, JobUsage, JobView
 
 WAITING = "status IN ('queued', 'running')"
+NEWEST = "CAST(created_at AS INTEGER) DESC, id DESC"
+"""The order of files and batches, which is the same whoever of several queens puts it together."""
 VIEW = """id, status, kind, endpoint, model, priority, key, worker, created_at, started_at, ended_at, prompt_tokens,
-    completion_tokens, metadata, error, response"""
+    completion_tokens, estimated, metadata, error, response"""
+
+
+class Wishes(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a client said of where and when a job is to run; `said` is its own word for the priority."""
+
+    hive: str = ""
+    region: str = ""
+    tags: tuple[str, ...] = ()
+    said: str = ""
+
+    @property
+    def text(self) -> str:
+        """Return what a row keeps."""
+        return msgspec.json.encode(self).decode() if self != NO_WISHES else ""
+
+
+NO_WISHES = Wishes()
 
 
 class NewJob(Struct, frozen=True, kw_only=True):
-    """A job to be run later. `body` is empty for a line of a batch, which stays in its file."""
+    """A job to be run later. `body` is empty for a line of a batch, which stays in its file.
+
+    `deadline_at`, in seconds since the epoch, is when its client's patience ends; 0: never.
+    """
 
     id: str
     owner: str
@@ -44,6 +66,8 @@ class NewJob(Struct, frozen=True, kw_only=True):
     at_byte: int = 0
     size_bytes: int = 0
     caller: str = ""
+    wishes: Wishes = NO_WISHES
+    deadline_at: float = 0.0
 
 
 class TakenJob(Struct, frozen=True, kw_only=True):
@@ -63,6 +87,7 @@ class TakenJob(Struct, frozen=True, kw_only=True):
     at_byte: int
     size_bytes: int
     caller: str
+    wishes: Wishes
 
 
 class JobEnd(Struct, frozen=True, kw_only=True):
@@ -80,7 +105,13 @@ class WaitingJob(Struct, frozen=True):
     id: str
     priority: str
     batch: str | None
-    created_at: float
+    deadline_at: float
+
+
+def older(table: str) -> str:
+    """Return the condition for what follows an id in the order `NEWEST`; it takes the id twice, its second, the id."""
+    at = f"(SELECT CAST(created_at AS INTEGER) FROM {table} WHERE id = ?)"
+    return f"(? IS NULL OR (CAST(created_at AS INTEGER), id) < (coalesce({at}, ?), ?))"
 
 
 def scope_of(caller: Caller) -> str | None:
@@ -92,12 +123,12 @@ def insert(db: Connection, job: NewJob) -> None:
     """Write a new job. One that is there already, after a restart, stays as it is."""
     db.execute(
         """INSERT OR IGNORE INTO jobs (id, owner, key, kind, endpoint, model, status, priority, created_at, metadata,
-        body, batch, line, custom_id, at_byte, size_bytes, caller)
-        VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        body, batch, line, custom_id, at_byte, size_bytes, caller, wishes, deadline_at)
+        VALUES (?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         (job.id, job.owner, job.key, job.kind, job.endpoint, job.model, job.priority, job.created_at,
          json.dumps(job.metadata), job.body, job.batch, job.line, job.custom_id, job.at_byte, job.size_bytes,
-         job.caller),
+         job.caller, job.wishes.text, job.deadline_at),
     )  # fmt: skip
 
 
@@ -121,12 +152,13 @@ def take(db: Connection, job_id: str) -> TakenJob | None:
         return None
     row = db.execute(
         """SELECT id, owner, key, endpoint, model, priority, kind, created_at, metadata, body, batch, at_byte,
-        size_bytes, coalesce((SELECT caller FROM batches WHERE batches.id = jobs.batch), caller)
-        FROM jobs WHERE id = ?""",
+        size_bytes, coalesce((SELECT caller FROM batches WHERE batches.id = jobs.batch), caller),
+        coalesce((SELECT wishes FROM batches WHERE batches.id = jobs.batch), wishes) FROM jobs WHERE id = ?""",
         (job_id,),
     ).fetchone()
     names = TakenJob.__struct_fields__
-    return TakenJob(**{**dict(zip(names, row, strict=True)), "metadata": json.loads(row[8])})
+    kept = {"metadata": json.loads(row[8]), "wishes": msgspec.json.decode(row[-1] or "{}", type=Wishes)}
+    return TakenJob(**{**dict(zip(names, row, strict=True)), **kept})
 
 
 def mark_streaming(db: Connection, job_id: str) -> None:
@@ -138,22 +170,22 @@ def finish(db: Connection, end: JobEnd) -> None:
     """Write a job's last state and its usage; what was asked of it is not kept."""
     row = end.row
     db.execute(
-        f"""UPDATE jobs SET status = ?, ended_at = ?, worker = ?, prompt_tokens = ?, completion_tokens = ?, error = ?,
-        response = ?, events = ?, body = NULL WHERE id = ? AND {WAITING}""",
-        (end.status, row.ended_at, row.worker, row.prompt_tokens, row.completion_tokens, row.error, end.response,
-         zlib.compress(end.events, 1) if end.events else None, row.id),
+        f"""UPDATE jobs SET status = ?, ended_at = ?, worker = ?, prompt_tokens = ?, completion_tokens = ?,
+        estimated = ?, error = ?, response = ?, events = ?, body = NULL WHERE id = ? AND {WAITING}""",
+        (end.status, row.ended_at, row.worker, row.prompt_tokens, row.completion_tokens, row.estimated, row.error,
+         end.response, zlib.compress(end.events, 1) if end.events else None, row.id),
     )  # fmt: skip
     if row.prompt_tokens or row.completion_tokens:
         write_usage(db, row)
 
 
-def cancel_queued(db: Connection, job_id: str, error: str, events: bytes) -> bool:
-    """Cancel a job that nothing runs yet, and tell whether it was so."""
+def end_queued(db: Connection, job_id: str, status: JobStatus, error: str, events: bytes) -> bool:
+    """End a job that nothing runs yet, and tell whether it was so."""
     return bool(
         db.execute(
-            """UPDATE jobs SET status = 'cancelled', ended_at = ?, error = ?, events = ?, body = NULL
+            """UPDATE jobs SET status = ?, ended_at = ?, error = ?, events = ?, body = NULL
             WHERE id = ? AND status = 'queued'""",
-            (time.time(), error, zlib.compress(events, 1), job_id),
+            (status, time.time(), error, zlib.compress(events, 1), job_id),
         ).rowcount
     )
 
@@ -169,7 +201,7 @@ def recover(db: Connection, interrupted: str) -> list[WaitingJob]:
         (time.time(), interrupted),
     )
     db.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'")
-    rows = db.execute("SELECT id, priority, batch, created_at FROM jobs WHERE status = 'queued' ORDER BY id")
+    rows = db.execute("SELECT id, priority, batch, deadline_at FROM jobs WHERE status = 'queued' ORDER BY id")
     return [WaitingJob(*row) for row in rows]
 
 
@@ -220,6 +252,7 @@ def _view(row: tuple[object, ...]) -> JobView:
     usage = JobUsage(
         prompt_tokens=values.pop("prompt_tokens"),  # type: ignore[arg-type]
         completion_tokens=values.pop("completion_tokens"),  # type: ignore[arg-type]
+        estimated=bool(values.pop("estimated")),
     )
     plain = {**values, "metadata": json.loads(str(values["metadata"])), "usage": usage}
     return msgspec.structs.replace(

@@ -15,9 +15,18 @@ from rbee.queen.client_watch import ClientWatch
 from rbee.queen.idempotency import Kept
 from rbee.queen.job import Job as RunningJob
 from rbee.queen.job_events import EventLog, replay
-from rbee.queen.job_rows import scope_of
+from rbee.queen.job_rows import Wishes, scope_of
 from rbee.queen.ledger import owner_of
-from rbee.queen.openai import STREAM_HEADERS, answer, hive_wish
+from rbee.queen.openai import (
+    STREAM_HEADERS,
+    answer,
+    hive_wish,
+    job_priority,
+    job_tags,
+    region_wish,
+    request_timeout,
+    tell_limits,
+)
 from rbee.queen.records import Operation
 from rbee.wire.jobs import CreateJob, JobCreated, JobList, JobStatus, JobView, TaskRequest
 from rbee.wire.openai import decode, parse
@@ -37,8 +46,10 @@ class Jobs:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         caller = self._queen.access.caller(req.env)
+        tell_limits(self._queen, resp, caller)
         data = body.read(req)
         wanted = parse(data, JOB_DECODER)
+        wishes, timeout_s = wishes_of(req), request_timeout(req)
 
         def create(keep: Callable[[Kept], Operation] | None = None) -> Kept:
             made: list[Kept] = []
@@ -47,7 +58,7 @@ class Jobs:
                 made.append(_created(job_id))
                 return keep(made[0]) if keep is not None else lambda db: None
 
-            self._queen.background.create(caller, wanted, along)
+            self._queen.background.create(caller, wanted, along, wishes=wishes, timeout_s=timeout_s)
             return made[0]
 
         key = req.get_header("Idempotency-Key")
@@ -76,6 +87,7 @@ class Jobs:
         page = self._queen.records.call(
             lambda db: job_rows.page(db, scope, status=status, model=model, after=after, limit=limit)
         )
+        page = msgspec.structs.replace(page, data=[self._queen.background.placed(one) for one in page.data])
         resp.data = msgspec.json.encode(_merged(page, live, limit))
 
 
@@ -97,7 +109,7 @@ class Job:
         running = self._queen.background.request(job_id, scope)
         if running is not None:
             return live_view(running)
-        return self._queen.records.call(lambda db: job_rows.view(db, job_id, scope))
+        return self._queen.background.placed(self._queen.records.call(lambda db: job_rows.view(db, job_id, scope)))
 
 
 class JobStream:
@@ -111,7 +123,7 @@ class JobStream:
         last_id = _last_event_id(req)
         view = self._queen.records.call(lambda db: job_rows.view(db, job_id, scope))
         if view.kind != "job":
-            raise NotFound(f"{job_id} is a {view.kind}: it has no events to follow", hint=f"GET /v1/jobs/{job_id}")
+            raise NotFound(f"{job_id} is a {view.kind}: it has no events to follow", hint=f"rbee job show {job_id}")
         resp.content_type = "text/event-stream"
         resp.set_header("X-Rbee-Job", job_id)
         resp.set_headers(STREAM_HEADERS)
@@ -154,14 +166,22 @@ class Tasks:
         caller = self._queen.access.caller(req.env)
         task = body.read_json(req, TaskRequest)
         path, data = task.request()
-        client = ClientWatch(req.env.get("gunicorn.socket"))
+        client = ClientWatch(req.env.get("gunicorn.socket"), request_timeout(req))
         try:
-            job = RunningJob(path, decode(path, data), data, caller, client, hive_wish(req))
-            job.priority = caller.policy.urgency(task.priority)
+            request = decode(path, data)
+            request.priority = task.priority
+            job = RunningJob(path, request, data, caller, client, hive_wish(req))
+            job.priority, job.said = job_priority(req, request, caller)
+            job.region, job.tags = region_wish(req), job_tags(req)
         except BaseException:
             client.close()
             raise
         answer(self._queen, req, resp, job)
+
+
+def wishes_of(req: falcon.Request) -> Wishes:
+    """Return where the client wants jobs to run that nobody waits for. Raises: InvalidRequest."""
+    return Wishes(hive=hive_wish(req) or "", region=region_wish(req), tags=job_tags(req))
 
 
 def limit_of(req: falcon.Request, default: int = 20, most: int = MAX_LIMIT) -> int:

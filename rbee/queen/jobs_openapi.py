@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from rbee.wire.jobs import (
-    PRIORITIES,
     Batch,
     BatchList,
     CreateBatch,
@@ -18,7 +17,7 @@ from rbee.wire.jobs import (
     JobView,
     TaskRequest,
 )
-from rbee.wire.openai import REQUESTS
+from rbee.wire.openai import REQUESTS, PriorityWord
 
 Json = dict[str, Any]
 
@@ -120,7 +119,7 @@ def _job(refs: dict[type, Json]) -> Json:
                     "endpoint": {"const": path},
                     "body": refs[request],
                     "metadata": metadata,
-                    "priority": {"enum": list(PRIORITIES)},
+                    "priority": {"enum": list(get_args(PriorityWord))},
                 },
             }
             for path, request in REQUESTS.items()

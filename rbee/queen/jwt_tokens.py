@@ -14,14 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from rbee.errors import AccessDenied, Busy, InvalidInput, SetupProblem
 from rbee.queen.keys import SCOPES
-from rbee.queen.policy import Limit, Policy, policy_of
+from rbee.queen.policy import Policy, policy_of
+from rbee.wire.jwt_settings import EXPLAINED, JwtSettings, TierLimits
 
 if TYPE_CHECKING:
     from jwt import PyJWK
@@ -35,45 +36,6 @@ CACHED_S = 60.0
 FETCH_TIMEOUT_S = 5.0
 FETCH_AGAIN_S = 10.0
 """An unknown key id, or a failed fetch, makes a new fetch no more often than this."""
-
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-
-
-class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The limits of one tier, as those of a key."""
-
-    priority: Literal["interactive", "normal", "batch"] = "interactive"
-    requests_per_minute: Limit = 0
-    tokens_per_minute: Limit = 0
-    concurrency: Limit = 0
-    requests_per_day: Limit = 0
-    tokens_per_day: Limit = 0
-    requests_per_month: Limit = 0
-    tokens_per_month: Limit = 0
-
-
-class Claims(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which claim holds what. A name with dots leads into nested objects."""
-
-    tenant: str = "tenant"
-    tier: str = "tier"
-    models: str = "models"
-    scopes: str = "scope"
-
-
-class JwtSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`jwt.yaml`. `scopes` are what a token may do that claims none; admin is only ever given by a claim."""
-
-    issuer: Annotated[str, Meta(min_length=1)]
-    audience: Annotated[str, Meta(min_length=1)]
-    jwks: Annotated[str, Meta(min_length=1)]
-    algorithms: tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...] = ("RS256", "EdDSA")
-    leeway_s: Annotated[float, Meta(ge=0, le=300)] = 60.0
-    refresh_s: Seconds = 300.0
-    claims: Claims = Claims()
-    scopes: tuple[Literal["inference", "metrics"], ...] = ("inference",)
-    tiers: dict[str, Limits] = {}
-    """What each tier may use; that named `default` stands for every other."""
 
 
 class Identity(Struct, frozen=True):
@@ -93,7 +55,7 @@ def read_jwt_settings(path: Path) -> JwtSettings | None:
         return None
     if find_spec("jwt") is None:
         raise SetupProblem(f"{path} is there, but tokens need PyJWT", hint="pip install 'rbee[jwt]'")
-    settings = read_settings(path, JwtSettings)
+    settings = read_settings(path, JwtSettings, hint=EXPLAINED)
     if settings.jwks.startswith("http://"):
         raise SetupProblem(f"{path}: jwks must be a file or an https URL: whoever changes it on its way signs tokens")
     if not settings.jwks.startswith("https://"):
@@ -190,7 +152,7 @@ class JwtTokens:
         if models == []:  # to a policy, no models means every model
             raise AccessDenied("The token is not valid: it allows no model")
         tier = _text(claims, names.tier)
-        limits = settings.tiers.get(tier) or settings.tiers.get("default") or Limits()
+        limits = settings.tiers.get(tier) or settings.tiers.get("default") or TierLimits()
         subject = str(claims["sub"])[:256]
         try:
             policy = policy_of(

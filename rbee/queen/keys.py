@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
+import mmap
 import os
 import secrets
 import sqlite3
@@ -17,12 +17,13 @@ from pathlib import Path
 import msgspec
 
 from rbee import paths
-from rbee.errors import AccessDenied, Busy, NotFound, SetupProblem
+from rbee.errors import AccessDenied, Busy, InvalidInput, NotFound, SetupProblem
 from rbee.queen.policy import NO_LIMITS, Policy, policy_of
 
 PREFIX = "rbee_sk_"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 ID_CHARS = 8
+MAX_NAME_CHARS = 100
 SECRET_CHARS = 43  # 62**43 > 2**256
 CHECK_CHARS = 6
 
@@ -46,8 +47,10 @@ CREATE TABLE IF NOT EXISTS policies (
 SHOWN = """SELECT id, name, scopes, created_at, expires_at, revoked_at, coalesce(policy, '{}'), digest
     FROM keys LEFT JOIN policies ON key_id = id"""
 LOCK_TIMEOUT_S = 5.0
-COUNTER_AT, COUNTER_BYTES = 24, 4
+COUNTER = slice(24, 28)
 """Where a database file counts its changes (sqlite.org/fileformat2.html, 1.3.6)."""
+SAME_FILE_S = 0.25
+"""How long another file in the place of this one may go unnoticed: nothing of rbee's puts one there."""
 
 Row = tuple[str, str, str, float, float | None, float | None, str, bytes]
 Stamp = tuple[int, bytes]
@@ -85,9 +88,10 @@ class KeyStore:
         self._path = path
         self._known: dict[str, tuple[Key, bytes]] = {}
         self._stamp: Stamp | None = None
-        # Never closed while the file is in place: closing any descriptor of a file drops this process' POSIX locks on
-        # it, those of SQLite too (sqlite.org/howtocorrupt.html, 2.2).
-        self._counter = (0, -1)
+        self._head: mmap.mmap | None = None
+        self._descriptor = -1
+        self._file, self._file_at = (0, 0), float("-inf")
+        self._opened: dict[str, Key] = {}
         paths.private(path.parent)
         if not path.exists():
             path.touch(mode=0o600)
@@ -105,7 +109,9 @@ class KeyStore:
         expires_at: float | None = None,
         policy: Policy = NO_LIMITS,
     ) -> tuple[Key, str]:
-        """Make a key and return it with its secret, which cannot be had again."""
+        """Make a key and return it with its secret, which cannot be had again. Raises: InvalidInput for its name."""
+        if not name.strip() or len(name) > MAX_NAME_CHARS or not name.isprintable():
+            raise InvalidInput(f"A key's name has 1 to {MAX_NAME_CHARS} characters in one line", hint="whose key it is")
         key = Key(_random(ID_CHARS), name, scopes, time.time(), expires_at, None, policy)
         body = key.id + _random(SECRET_CHARS)
         secret = PREFIX + body + _checksum(body)
@@ -139,6 +145,8 @@ class KeyStore:
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")  # two who change one key at once must both be heard
             old = _find(db, key_id)
+            if old.revoked_at is not None:
+                raise InvalidInput(f"The key {old.id} ({old.name}) is revoked, and stays so", hint="rbee key create")
             key = replace(
                 old,
                 scopes=old.scopes if scopes is None else scopes,
@@ -168,6 +176,7 @@ class KeyStore:
         with self._open() as db:
             rows = db.execute(SHOWN).fetchall()
         self._known = {row[0]: (_key(row), row[7]) for row in rows}
+        self._opened = {}
         # A change in between is seen at the next look.
         self._stamp = before
 
@@ -175,6 +184,16 @@ class KeyStore:
         """Return the key that `secret` opens. Raises: AccessDenied, never returns an empty identity."""
         if self.stale():
             self.reload()
+        # A dict compares two texts only when their hashes, salted in each process, are the same: time tells nothing.
+        key = self._opened.get(secret)
+        if key is None:
+            key = self._opened[secret] = self._check(secret)
+        if key.state != "active":
+            raise no_key()
+        return key
+
+    def _check(self, secret: str) -> Key:
+        digest = self._digest(secret[:256])
         body = secret.removeprefix(PREFIX)
         shaped = (
             secret.startswith(PREFIX)
@@ -185,29 +204,37 @@ class KeyStore:
         found = self._known.get(body[:ID_CHARS]) if shaped else None
         # An unknown id takes the same steps as a wrong secret.
         stored = found[1] if found is not None else b"\0" * 32
-        if not hmac.compare_digest(stored, self._digest(secret[:256])) or found is None:
-            raise AccessDenied("The API key is not valid", hint="rbee key create NAME, on the queen's machine")
-        key = found[0]
-        if key.state != "active":
-            raise AccessDenied(
-                f"The API key {key.id} is {key.state}", hint="rbee key create NAME, on the queen's machine"
-            )
-        return key
+        if not hmac.compare_digest(stored, digest) or found is None:
+            raise no_key()
+        return found[0]
 
     def _look(self) -> Stamp | None:
         """Return what changes with every change of the file: which file it is, and its own counter."""
+        now = time.monotonic()
         try:
-            file = os.stat(self._path).st_ino
-            if self._counter[0] != file:
-                self._counter, (_, old) = (file, os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)), self._counter
-                if old >= 0:
-                    os.close(old)
-            return file, os.pread(self._counter[1], COUNTER_BYTES, COUNTER_AT)
-        except OSError:
-            return None
+            if now - self._file_at > SAME_FILE_S:
+                self._file_at = now
+                self._map()
+        except (OSError, ValueError):  # it is gone, or empty
+            self._head, self._file_at = None, float("-inf")
+        # Read from the page cache that every writer shares: there is no call to the system on a job's way.
+        return None if self._head is None else (self._file[1], self._head[COUNTER])
+
+    def _map(self) -> None:
+        """Map the file's head, unless that very file is mapped. Raises: OSError, ValueError."""
+        found = os.stat(self._path)
+        if self._head is not None and self._file == (found.st_dev, found.st_ino):
+            return
+        # Never closed while the file is in place: closing any descriptor of a file drops this process' POSIX locks on
+        # it, those of SQLite too (sqlite.org/howtocorrupt.html, 2.2).
+        before, self._descriptor = self._descriptor, os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._head = mmap.mmap(self._descriptor, mmap.PAGESIZE, access=mmap.ACCESS_READ)
+        self._file = (found.st_dev, found.st_ino)
+        if before >= 0:
+            os.close(before)
 
     def _digest(self, secret: str) -> bytes:
-        return hmac.new(self._pepper, secret.encode("utf-8", "replace"), hashlib.sha256).digest()
+        return hmac.digest(self._pepper, secret.encode("utf-8", "replace"), "sha256")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -225,6 +252,14 @@ class KeyStore:
             raise SetupProblem(f"The key file {self._path} cannot be used ({problem})") from None
         finally:
             db.close()
+
+
+def no_key() -> AccessDenied:
+    """Return the one refusal of whoever has no key that opens: why it does not is for the owner of the keys alone."""
+    return AccessDenied(
+        "A valid API key is needed: there is none, or it is wrong, expired or revoked",
+        hint="Authorization: Bearer KEY, with a KEY from: rbee key create NAME, on the queen's machine",
+    )
 
 
 def _key(row: Row) -> Key:

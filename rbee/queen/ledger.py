@@ -32,6 +32,8 @@ class Ended(Struct, frozen=True, array_like=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
+    estimated: bool = False
+    """The engine told no tokens; these are the queen's estimate."""
 
 
 def owner_of(caller: Caller) -> str:

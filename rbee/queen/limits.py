@@ -102,10 +102,8 @@ class Limits:
         """
         if not policy.limited:
             return None
-        account, now = self._account(identity, policy), self._clock()
-        _check_concurrency(account, policy)
-        self._check_budgets(account, policy, tokens)
-        _check_rates(account, policy, tokens, now)
+        account = self._account(identity, policy)
+        self.check(account, policy, tokens)
         account.requests.left -= 1
         account.tokens.left -= tokens
         account.spent.day_requests += 1
@@ -114,6 +112,12 @@ class Limits:
         account.reserved += tokens
         self._changed = True
         return Charge(account, policy, tokens)
+
+    def check(self, account: Account, policy: Policy, tokens: int) -> None:
+        """Refuse a job that is over a limit. Raises: RateLimited, QuotaExhausted."""
+        _check_concurrency(account, policy)
+        self._check_budgets(account, policy, tokens)
+        _check_rates(account, policy, tokens, self._clock())
 
     def settle(self, charge: Charge | None, used_tokens: int) -> None:
         """Count what a job really used, which may be nothing."""
@@ -222,6 +226,7 @@ class Limits:
             if limit and used + more > limit:
                 raise QuotaExhausted(
                     f"You exceeded your current quota: {used} of {limit} {what} are used, this request needs {more}",
+                    limit=what.replace(" of a ", "_per_"),
                     retry_after_s=max(1.0, ends - self._today()),
                     hint="a new day or month (UTC), or rbee key set, on the queen's machine",
                 )
@@ -231,6 +236,7 @@ def _check_concurrency(account: Account, policy: Policy) -> None:
     if policy.concurrency and account.in_flight >= policy.concurrency:
         raise RateLimited(
             f"This key has {account.in_flight} jobs at once, which is its limit",
+            limit="concurrency",
             retry_after_s=1,
             hint="one after another",
         )
@@ -250,6 +256,7 @@ def _check_rates(account: Account, policy: Policy, tokens: int, now: float) -> N
             raise RateLimited(
                 f"Rate limit reached for {what} a minute: limit {limit}, requested {wanted}. "
                 f"Please try again in {duration(wait_s)}",
+                limit=f"{what}_per_minute",
                 retry_after_s=math.ceil(wait_s),
             )
 

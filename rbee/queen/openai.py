@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 import falcon
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from rbee import __version__
 from rbee.errors import InvalidRequest, UnknownModel
+from rbee.logs import serving
 from rbee.queen import body
 from rbee.queen.access import Caller
 from rbee.queen.client_watch import ClientWatch
 from rbee.queen.job import Job, Reply
 from rbee.queen.ledger import owner_of
+from rbee.queen.metrics_page import CONTENT_TYPE, metrics_page
 from rbee.queen.openapi import document
-from rbee.queen.policy import PRIORITIES, Priority
+from rbee.queen.policy import MEANT, Priority
 from rbee.wire.fleet import NAME_PATTERN, ModelReport
 from rbee.wire.openai import InferenceRequest, ModelCard, ModelList, decode
 
@@ -44,11 +45,11 @@ class Inference:
         data = body.read(req)
         request = decode(self._path, data)
         wish = hive_wish(req)
-        priority = job_priority(req, request, caller)
+        priority, said = job_priority(req, request, caller)
         region, tags = region_wish(req), job_tags(req)
         client = ClientWatch(req.env.get("gunicorn.socket"), request_timeout(req))
         job = Job(self._path, request, data, caller, client, wish, priority)
-        job.region, job.tags = region, tags
+        job.region, job.tags, job.said = region, tags, said
         answer(self._queen, req, resp, job)
 
 
@@ -56,14 +57,15 @@ def answer(queen: Queen, req: falcon.Request, resp: falcon.Response, job: Job) -
     """Run a job whose client waits, and put its reply into the response. Raises: whatever the job ends with."""
     caller, key = job.caller, req.env.get("HTTP_IDEMPOTENCY_KEY")
     resp.set_header("X-Rbee-Job", job.id)
+    if queen.jobs.tracing is not None:
+        queen.jobs.tracing.begin(job, req.env)
     try:
         reply = queen.patience.reply(job, queen.jobs.run) if key is None else once(queen, job, key)
     except BaseException:
         job.client.close()
         raise
     finally:
-        if caller.policy.limited:
-            resp.set_headers(queen.admission.limits.headers(caller.id, caller.policy))
+        tell_limits(queen, resp, caller)
     resp.status = reply.status
     resp.content_type = reply.content_type
     resp.set_header("X-Rbee-Job", job.id)
@@ -71,8 +73,15 @@ def answer(queen: Queen, req: falcon.Request, resp: falcon.Response, job: Job) -
     if isinstance(reply.body, bytes):
         resp.data = reply.body
     else:
+        serving(job.id)  # the body is passed on by this greenlet, and made ready by another
         resp.set_headers(STREAM_HEADERS)
         resp.stream = reply.body
+
+
+def tell_limits(queen: Queen, resp: falcon.Response, caller: Caller) -> None:
+    """Put what is left of a key's rates into the headers, also of an answer that refuses."""
+    if caller.policy.limited:
+        resp.set_headers(queen.admission.limits.headers(caller.id, caller.policy))
 
 
 def once(queen: Queen, job: Job, key: str) -> Reply:
@@ -107,18 +116,17 @@ def request_timeout(req: falcon.Request) -> float | None:
     return seconds
 
 
-def job_priority(req: falcon.Request, request: InferenceRequest, caller: Caller) -> Priority:
+def job_priority(req: falcon.Request, request: InferenceRequest, caller: Caller) -> tuple[Priority, str]:
     """Return a job's priority: of its body, else of its header, else of its key, which it never exceeds.
 
-    Raises: InvalidRequest.
+    With it comes the client's word for it, as `Policy.heard` has it. Raises: InvalidRequest.
     """
     told = request.priority if isinstance(request.priority, str) else req.get_header("X-Rbee-Priority")
     if told is None:
-        return caller.policy.priority
-    for priority in PRIORITIES:
-        if told == priority:
-            return caller.policy.urgency(priority)
-    raise InvalidRequest(f"The header X-Rbee-Priority must be one of {', '.join(PRIORITIES)}", param="X-Rbee-Priority")
+        return caller.policy.priority, ""
+    if told not in MEANT:
+        raise InvalidRequest(f"The header X-Rbee-Priority must be one of {', '.join(MEANT)}", param="X-Rbee-Priority")
+    return caller.policy.heard(told)
 
 
 def region_wish(req: falcon.Request) -> str:
@@ -169,11 +177,12 @@ class Model:
 
 def card(queen: Queen, model: ModelReport) -> ModelCard:
     """Return what a client may know of a model."""
-    having = [hive for hive in queen.fleet.hives.values() if any(m.name == model.name for m in hive.report.models)]
+    there = [hive for hive in queen.fleet.hives.values() if not hive.away]
+    having = [hive for hive in there if any(m.name == model.name for m in hive.report.models)]
     hives = sorted({hive.report.hive for hive in having})
     loaded = [
         worker.id
-        for hive in queen.fleet.hives.values()
+        for hive in there
         for worker in hive.workers.values()
         if worker.report.model == model.name and worker.ready
     ]
@@ -205,9 +214,10 @@ class Health:
         resp.status = 503 if draining else 200
         if draining:
             resp.set_header("Retry-After", "5")
-        resp.data = msgspec.json.encode(
-            {"status": "draining" if draining else "ok", "version": __version__, "pid": os.getppid()}
-        )
+        told = {"status": "draining" if draining else "ok", "version": __version__, "pid": os.getppid()}
+        if self._queen.sharing is not None:
+            told["shared_state"] = "reached" if self._queen.sharing.link.up else "away"
+        resp.data = msgspec.json.encode(told)
 
 
 class MetricsPage:
@@ -218,9 +228,8 @@ class MetricsPage:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         tenant = self._queen.access.reader(req.env).tenant
-        resp.content_type = CONTENT_TYPE_LATEST.partition(";")[0] + "; version=0.0.4; charset=utf-8"
-        tenants = self._queen.admission.tenants
-        resp.data = tenants.render(tenant) if tenant else self._queen.metrics.render() + tenants.render()
+        resp.content_type = CONTENT_TYPE
+        resp.data = metrics_page(self._queen.metrics, self._queen.admission.tenants, tenant)
 
 
 class Schema:

@@ -20,6 +20,7 @@ from rbee.wire.fleet import (
     WorkerReport,
 )
 from rbee.wire.gitops import GitopsView
+from rbee.wire.load import QueenLoad
 from rbee.wire.openai import REQUESTS, InferenceRequest, ModelCard, ModelList
 
 Json = dict[str, Any]
@@ -72,6 +73,7 @@ def document() -> Json:
         ModelList,
         ModelCard,
         QueenStatus,
+        QueenLoad,
         GitopsView,
         HiveView,
         HiveReport,
@@ -184,6 +186,7 @@ def _control(refs: dict[type, Json], error: Json) -> Json:
         "/gitops/status": {"get": {**answers(GitopsView), "security": [{}, {"key": []}]}},
         "/gitops/sync": {"post": answers({"type": "object"}, "202")},
         "/v1/orchestrator/status": {"get": answers(QueenStatus)},
+        "/v1/orchestrator/load": {"get": answers(QueenLoad)},
         "/v1/orchestrator/hive-report": {"post": answers({"type": "object"}, schema=refs[HiveReport])},
         "/v1/orchestrator/worker-ready": {"post": answers({"type": "object"}, schema=refs[WorkerReport])},
         "/v1/orchestrator/shutdown": {"post": answers({"type": "object"}, "202")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,30 @@ import gevent
 import msgspec
 
 from rbee import __version__
-from rbee.errors import RbeeError
+from rbee.errors import OldReport, RbeeError
 from rbee.queen import body
+from rbee.queen.access import OPERATOR
+from rbee.queen.peers import TOKEN_OF
 from rbee.queen.watched import HiveState
-from rbee.wire.fleet import AddModel, HiveReport, ModelReport, Problem, QueenStatus, SpawnWorker, WorkerReport
+from rbee.wire.fleet import (
+    AddModel,
+    HiveReport,
+    ModelReport,
+    Problem,
+    ProcessView,
+    QueenStatus,
+    SpawnWorker,
+    WorkerReport,
+)
+from rbee.wire.openai import parse
 
 if TYPE_CHECKING:
     from rbee.queen.app import Queen
 
+log = logging.getLogger("rbee.queen")
+
 CALL_TIMEOUT_S = 30.0
+REPORT, WORKER_REPORT = msgspec.json.Decoder(HiveReport), msgspec.json.Decoder(WorkerReport)
 
 
 class Resource:
@@ -42,35 +58,74 @@ class Status(Resource):
 def status(queen: Queen) -> QueenStatus:
     """Return the queen's state as it may be shown to its operator."""
     queen.script.follow()
+    processes, missing = together(queen)
     return QueenStatus(
         version=__version__,
         pid=queen.master_pid,
         url=f"http://{queen.settings.host}:{queen.settings.port}",
         started_at=queen.started_at,
         draining=queen.draining_since() is not None,
-        in_flight=queen.admission.in_flight,
+        in_flight=sum(one.in_flight for one in processes) if processes else queen.admission.in_flight,
         scheduler=queen.script.source,
         scheduler_error=queen.script.error,
         hives=queen.fleet.views(),
-        problems=list(_problems(queen)),
+        problems=[*problems(queen), *(Problem(where=name, message="It does not answer") for name in missing)],
+        processes=processes,
+        shared_state=queen.sharing.shown() if queen.sharing else None,
     )
 
 
-def _problems(queen: Queen) -> list[Problem]:
-    problems = []
+def together(queen: Queen) -> tuple[list[ProcessView], list[str]]:
+    """Return the server processes of this queen, and the names of those that do not answer; none where she is alone."""
+    if queen.sharing is None:
+        return [], []
+    peers = queen.sharing.peers
+    answers, missing = peers.gather(peers.siblings(), "/v1/orchestrator/process", OPERATOR)
+    others = [msgspec.json.decode(data, type=ProcessView) for data in answers.values()]
+    return sorted([process(queen), *others], key=lambda one: one.slot), missing
+
+
+def process(queen: Queen) -> ProcessView:
+    """Return what this server process is doing."""
+    return ProcessView(
+        slot=queen.settings.slot,
+        pid=os.getpid(),
+        started_at=queen.started_at,
+        in_flight=queen.admission.in_flight,
+        waiting=sum(queen.admission.queues.counts().values()),
+        state_reached=queen.sharing is not None and queen.sharing.link.up,
+        queens=len(queen.sharing.shown().queens) if queen.sharing is not None else 0,
+    )
+
+
+def problems(queen: Queen) -> list[Problem]:
+    """Return what a person should know about."""
+    found = []
+    if queen.sharing is not None and not queen.sharing.link.up:
+        found.append(queen.sharing.lost())
     if queen.script.error:
-        problems.append(Problem(where="scheduler", message=queen.script.error))
-    problems += [msgspec.structs.replace(one, since=queen.inventory.since) for one in queen.inventory.mistakes]
+        found.append(Problem(where="scheduler", message=queen.script.error))
+    found += [msgspec.structs.replace(one, since=queen.inventory.since) for one in queen.inventory.mistakes]
     for view in queen.fleet.views():
         if view.state == HiveState.UNREACHABLE:
-            problems.append(Problem(where=view.hive, message=view.reason, since=view.since))
+            found.append(Problem(where=view.hive, message=view.reason, since=view.since))
         elif view.state == "lost":
-            problems.append(Problem(where=view.hive, message="This hive does not report any more"))
+            found.append(Problem(where=view.hive, message="This hive does not report any more"))
     for _, hive in sorted(queen.fleet.hives.items()):
         for worker in hive.workers.values():
             if worker.report.reason:
-                problems.append(Problem(where=worker.id, message=worker.report.reason, since=worker.report.since))
-    return problems
+                found.append(Problem(where=worker.id, message=worker.report.reason, since=worker.report.since))
+    return found
+
+
+class Process(Resource):
+    """What this server process is doing, for another one."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        sharing = self._queen.sharing
+        if sharing is None or not sharing.peers.trusts(req.env.get(TOKEN_OF, "")):
+            self._queen.access.operator(req.env)
+        resp.data = msgspec.json.encode(process(self._queen))
 
 
 class Reports(Resource):
@@ -78,8 +133,25 @@ class Reports(Resource):
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._queen.access.hive(req.env)
-        self._queen.fleet.learn(body.read_json(req, HiveReport))
+        data = body.read(req)
+        if not self._queen.fleet.learn(parse(data, REPORT)):
+            raise _old()
+        tell_others(self._queen, req, data)
         resp.data = b"{}"
+
+
+def tell_others(queen: Queen, req: falcon.Request, data: bytes) -> None:
+    """Have the other server processes of this queen take a report that reached this one."""
+    if queen.sharing is not None and TOKEN_OF not in req.env:
+        hive = req.get_header("X-Rbee-Hive")
+        queen.sharing.peers.tell(req.path, data, {"X-Rbee-Hive": hive} if hive else {})
+
+
+def _old() -> OldReport:
+    log.warning("a hive sent a report of an earlier run of it, which was not taken")
+    return OldReport(
+        "A later run of this hive or worker is known", hint="rbee stop, if this machine's clock was put back"
+    )
 
 
 class ReadyWorkers(Resource):
@@ -87,7 +159,10 @@ class ReadyWorkers(Resource):
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._queen.access.hive(req.env)
-        self._queen.fleet.learn_worker(req.get_header("X-Rbee-Hive") or "", body.read_json(req, WorkerReport))
+        data = body.read(req)
+        if not self._queen.fleet.learn_worker(req.get_header("X-Rbee-Hive") or "", parse(data, WORKER_REPORT)):
+            raise _old()
+        tell_others(self._queen, req, data)
         resp.data = b"{}"
 
 
@@ -97,11 +172,12 @@ class Shutdown(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         self._queen.access.operator(req.env)
         # An idle queen has nothing to wait for; gunicorn looks for the end of jobs once a second.
-        ending = signal.SIGTERM if self._queen.admission.in_flight else signal.SIGQUIT
+        in_flight = status(self._queen).in_flight
+        ending = signal.SIGTERM if in_flight else signal.SIGQUIT
         # After this answer is out.
         gevent.spawn_later(0.05, os.kill, self._queen.master_pid, ending)
         resp.status = 202
-        resp.data = msgspec.json.encode({"status": "draining", "in_flight": self._queen.admission.in_flight})
+        resp.data = msgspec.json.encode({"status": "draining", "in_flight": in_flight})
 
 
 class Hives(Resource):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rbee.inventory.fleet import Host
 
+OTHER_TENANT = "it is another tenant's"
+
 
 def objection(region: str, tenant: str, host: Host | None) -> str:
     """Return why a job that must stay in a region, of a tenant, must not run on a host, or nothing.
@@ -14,5 +16,5 @@ def objection(region: str, tenant: str, host: Host | None) -> str:
     if region and here.casefold() != region.casefold():
         return f"it is in {f'the region {here}' if here else 'no region'}, and the job must stay in {region}"
     if owner and owner != tenant:
-        return "it is another tenant's"
+        return OTHER_TENANT
     return ""

@@ -14,6 +14,12 @@ from rbee.errors import InvalidInput
 Priority = Literal["interactive", "normal", "batch"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "normal", "batch")
 """The most urgent first."""
+MEANT: Mapping[str, Priority] = {
+    **{priority: priority for priority in PRIORITIES},
+    "high": "interactive",
+    "low": "batch",
+}
+"""What clients may say, and the priority that is meant by it."""
 
 Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$|^$")]
 Pattern = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -47,13 +53,30 @@ class Policy(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkno
     @property
     def limited(self) -> bool:
         """Return True when anything has to be counted."""
-        return any(getattr(self, name) for name in LIMITS)
+        return bool(
+            self.requests_per_minute
+            or self.tokens_per_minute
+            or self.concurrency
+            or self.requests_per_day
+            or self.tokens_per_day
+            or self.requests_per_month
+            or self.tokens_per_month
+        )
 
     def urgency(self, wanted: Priority | None) -> Priority:
         """Return the priority of a job that asks for `wanted`: never a more urgent one than this identity's own."""
         if wanted is None:
             return self.priority
         return max(wanted, self.priority, key=PRIORITIES.index)
+
+    def heard(self, said: str) -> tuple[Priority, str]:
+        """Return the priority of a job whose client says one of `MEANT`, and the word for it that scripts see.
+
+        That is the client's own word, unless it asks for more than this identity may have.
+        """
+        meant = MEANT[said]
+        given = self.urgency(meant)
+        return given, said if given == meant else given
 
 
 LIMITS = (
@@ -74,4 +97,8 @@ def policy_of(fields: Mapping[str, object]) -> Policy:
         return msgspec.convert(dict(fields), Policy)
     except msgspec.ValidationError as problem:
         what, _, where = str(problem).partition(" - at `$.")
-        raise InvalidInput(f"What a key allows: {where.rstrip('`') or 'a field'}: {what}") from None
+        field = where.rstrip("`") or "a field"
+        if "regex" in what:
+            hint = "64 letters, digits, or . _ : - at most, and a letter or digit first"
+            raise InvalidInput(f"What a key allows: {fields.get(field)!r} is no {field}", hint=hint) from None
+        raise InvalidInput(f"What a key allows: {field}: {what}") from None

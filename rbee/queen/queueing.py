@@ -23,11 +23,12 @@ from rbee.queen.policy import PRIORITIES, Priority
 UNBOUNDED = 1 << 30
 STARVATION_S = 30.0
 LONGEST_RETRY_S = 60.0
+KEPT_QUEUES = 64
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A job's place in a queue; `granted` is set when it may run."""
+    """A job's place in a queue; `granted` is set when it may run, or, with `left`, when it has lost its place."""
 
     key: str
     tokens: int
@@ -54,7 +55,7 @@ class Lane:
         """Add a job. One that comes after its key's earlier ones starts, virtually, when those have finished."""
         if not self._waiting:
             self._clear(ticket.enqueued_at)
-        start = max(self._virtual, self._finish.get(ticket.key, 0.0))
+        start = self.start_of(ticket.key)
         self._finish[ticket.key] = start + max(1, ticket.tokens)
         heapq.heappush(self._heap, (start, next(self._order), ticket))
         self._waiting += 1
@@ -69,6 +70,24 @@ class Lane:
                 self.served_at = now
                 return ticket
 
+    def start_of(self, key: str) -> float:
+        """Return the start tag that a key's next job gets."""
+        return max(self._virtual, self._finish.get(key, 0.0))
+
+    def last_start(self) -> float:
+        """Return the start tag of the job that is served last. The lane must not be empty."""
+        return self._last()[0]
+
+    def displace_last(self) -> None:
+        """Take out the job that would be served last, and wake it. The lane must not be empty."""
+        start, _, ticket = self._last()
+        self._finish[ticket.key] = start  # it is the last of its key too, which owes nothing for it
+        self.leave(ticket)
+        ticket.granted.set()
+
+    def _last(self) -> tuple[float, int, Ticket]:
+        return max(entry for entry in self._heap if not entry[2].left)
+
     def leave(self, ticket: Ticket) -> None:
         """Take a waiting job out."""
         ticket.left = True
@@ -76,6 +95,10 @@ class Lane:
         if 2 * self._waiting < len(self._heap) - 16:
             self._heap = [entry for entry in self._heap if not entry[2].left]
             heapq.heapify(self._heap)
+
+    def waited_s(self, now: float) -> float:
+        """Return how long the one who waits longest has waited."""
+        return max((now - ticket.enqueued_at for _, _, ticket in self._heap if not ticket.left), default=0.0)
 
     def _clear(self, now: float) -> None:
         self._heap.clear()
@@ -86,18 +109,22 @@ class Lane:
 class ModelQueue:
     """The jobs of one model: those that run, and those that wait."""
 
-    def __init__(self, limit: int, starvation_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        starvation_s: float,
+        clock: Callable[[], float],
+        elsewhere: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._elsewhere = elsewhere
         self.running = 0
         self.job_s = 1.0
         self._limit = limit
         self._starvation_s = starvation_s
         self._clock = clock
+        self.waiting = 0
+        """How many jobs wait."""
         self._lanes = {priority: Lane() for priority in PRIORITIES}
-
-    @property
-    def waiting(self) -> int:
-        """Return how many jobs wait."""
-        return sum(map(len, self._lanes.values()))
 
     @property
     def idle(self) -> bool:
@@ -105,25 +132,34 @@ class ModelQueue:
         return not self.running and not self.waiting
 
     def enter(self, priority: Priority, key: str, tokens: int, capacity: int) -> Ticket | None:
-        """Return None for a job that may run at once, or the ticket of one that waits. Raises: QueueFull."""
+        """Return None for a job that may run at once, or the ticket of one that waits.
+
+        In a full queue it takes the place of the job that would be served last, if it would be served before that: who
+        sends too much is refused, not who comes last. Raises: QueueFull.
+        """
         waiting = self.waiting
         if self.running < capacity and not waiting:
             self.running += 1
             return None
-        if waiting >= self._limit:
+        everywhere = waiting + self._elsewhere()
+        if everywhere >= self._limit and not self._displace(priority, key):
             raise QueueFull(
-                f"{waiting} jobs wait for this model, which is the limit", retry_after_s=self.retry_after_s(capacity)
+                f"{everywhere} jobs wait for this model, which is the limit", retry_after_s=self.retry_after_s(capacity)
             )
         ticket = Ticket(key, tokens, self._clock())
         self._lanes[priority].push(ticket)
+        self.waiting += 1
         return ticket
 
     def leave(self, priority: Priority, ticket: Ticket) -> None:
         """Take out a job whose client no longer waits; if it was granted a moment ago, its slot is free again."""
+        if ticket.left:
+            return
         if ticket.granted.is_set():
             self.running -= 1
         else:
             self._lanes[priority].leave(ticket)
+            self.waiting -= 1
 
     def done(self, took_s: float) -> None:
         """Count a job that ended."""
@@ -138,6 +174,7 @@ class ModelQueue:
             if lane is None:
                 return
             self.running += 1
+            self.waiting -= 1
             lane.pop(now).granted.set()
 
     def retry_after_s(self, capacity: int) -> float:
@@ -148,6 +185,27 @@ class ModelQueue:
         """Yield how many jobs of each priority wait."""
         for priority, lane in self._lanes.items():
             yield priority, len(lane)
+
+    def waits(self) -> Iterator[tuple[Priority, int, float]]:
+        """Yield, for each priority of which jobs wait, how many do and the longest wait, in seconds."""
+        now = self._clock()
+        for priority, lane in self._lanes.items():
+            if len(lane):
+                yield priority, len(lane), lane.waited_s(now)
+
+    def _displace(self, priority: Priority, key: str) -> bool:
+        """Make room for a job of this kind at the cost of the last. Return False when it would itself be the last."""
+        last = next((one for one in reversed(PRIORITIES) if len(self._lanes[one])), None)
+        if last is None:
+            return False
+        lane = self._lanes[last]
+        if PRIORITIES.index(priority) >= PRIORITIES.index(last) and (
+            priority != last or lane.start_of(key) >= lane.last_start()
+        ):
+            return False
+        lane.displace_last()
+        self.waiting -= 1
+        return True
 
     def _next_lane(self, now: float) -> Lane | None:
         waiting = [lane for lane in self._lanes.values() if len(lane)]
@@ -173,12 +231,16 @@ class Queues:
         self._starvation_s = starvation_s
         self._clock = clock
         self._queues: dict[str, ModelQueue] = {}
+        self.elsewhere: Callable[[str], int] = lambda model: 0
+        """Tells how many jobs of a model wait at other processes: the limit is of all together."""
 
     def of(self, model: str) -> ModelQueue:
         """Return a model's queue."""
         queue = self._queues.get(model)
         if queue is None:
-            queue = self._queues[model] = ModelQueue(self._limit, self._starvation_s, self._clock)
+            queue = self._queues[model] = ModelQueue(
+                self._limit, self._starvation_s, self._clock, lambda: self.elsewhere(model)
+            )
         return queue
 
     def waiting(self, model: str) -> int:
@@ -186,18 +248,27 @@ class Queues:
         queue = self._queues.get(model)
         return queue.waiting if queue else 0
 
+    def demand(self, model: str) -> int:
+        """Return how many jobs of a model run or wait."""
+        queue = self._queues.get(model)
+        return queue.running + queue.waiting if queue else 0
+
+    def demands(self) -> dict[str, tuple[int, int]]:
+        """Return, by model, how many jobs run and how many wait."""
+        return {model: (queue.running, queue.waiting) for model, queue in self._queues.items()}
+
     def capacity(self, model: str) -> int:
         """Return how many jobs of a model can run at once."""
         return self._capacity(model)
 
     def grant(self, model: str) -> None:
-        """Let waiting jobs of a model run; a queue that nobody uses is dropped."""
+        """Let waiting jobs of a model run. Of the queues that nobody uses a few stay: they know how long jobs take."""
         queue = self._queues.get(model)
         if queue is None:
             return
         if queue.waiting:
             queue.grant(self._capacity(model))
-        if queue.idle:
+        if queue.idle and len(self._queues) > KEPT_QUEUES:
             del self._queues[model]
 
     def grant_all(self) -> bool:
@@ -206,6 +277,11 @@ class Queues:
             self.grant(model)
         return any(queue.waiting for queue in self._queues.values())
 
+    def waits(self) -> list[tuple[str, Priority, int, float]]:
+        """Return, by model and priority, how many jobs wait and the longest wait, in seconds."""
+        return [(model, *wait) for model, queue in sorted(self._queues.items()) for wait in queue.waits()]
+
     def counts(self) -> dict[tuple[str, str], int]:
         """Return how many jobs wait, by model and priority."""
-        return {(m, priority): n for m, queue in self._queues.items() for priority, n in queue.counts()}
+        used = {model: queue for model, queue in self._queues.items() if not queue.idle}
+        return {(model, priority): n for model, queue in used.items() for priority, n in queue.counts()}

@@ -13,16 +13,18 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gevent
+import msgspec
 from gevent.event import AsyncResult, Event
 from gevent.threadpool import ThreadPool
 
 from rbee import paths
 from rbee.errors import RbeeError, StorageProblem
+from rbee.queen.adoption import adopt
 from rbee.queen.ledger import Ended, Ledger
 from rbee.queen.retention import DAY_S, RETENTION, Retention
 
@@ -32,7 +34,9 @@ T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], Any]
 
 LINGER_S = 0.02
-"""How long rows are gathered that nobody waits for."""
+"""How long operations are gathered that are not urgent."""
+ROWS_LINGER_S = 0.25
+"""How long rows are gathered that nobody waits for: every operation brings those before it to the database."""
 ANSWER_TIMEOUT_S = 15.0
 RETRY_S = 0.5
 LOCK_TIMEOUT_MS = 5000
@@ -78,18 +82,36 @@ CREATE TABLE IF NOT EXISTS batches (
 ) STRICT;
 """
 
-JOB_OF_ENDED = """INSERT OR IGNORE INTO jobs (id, owner, key, kind, endpoint, model, status, created_at, started_at,
-    ended_at, worker, prompt_tokens, completion_tokens, error)
-    VALUES (?, ?, ?, 'request', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-USAGE = "INSERT OR IGNORE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+ADDED = (
+    ("jobs", "estimated", "INTEGER NOT NULL DEFAULT 0"),
+    ("jobs", "wishes", "TEXT NOT NULL DEFAULT ''"),
+    ("jobs", "deadline_at", "REAL NOT NULL DEFAULT 0"),
+    ("usage", "estimated", "INTEGER NOT NULL DEFAULT 0"),
+    ("batches", "wishes", "TEXT NOT NULL DEFAULT ''"),
+)
+"""Columns that a database made by an earlier version lacks."""
+
+JOBS_OF_ENDED = """INSERT OR IGNORE INTO jobs (id, owner, key, kind, endpoint, model, status, created_at,
+    started_at, ended_at, worker, prompt_tokens, completion_tokens, error, estimated)
+    SELECT value->>0, value->>1, value->>2, 'request', value->>3, value->>4, value->>5, value->>6, value->>6,
+    value->>7, value->>8, value->>9, value->>10, value->>11, value->>12 FROM json_each(?)"""
+INTO_USAGE = """INSERT OR IGNORE INTO usage (job, owner, key, model, endpoint, prompt_tokens, completion_tokens,
+    ended_at, estimated)"""
+USAGE_OF_ENDED = f"""{INTO_USAGE} SELECT value->>0, value->>1, value->>2, value->>4, value->>3, value->>9, value->>10,
+    value->>7, value->>12 FROM json_each(?) WHERE value->>9 OR value->>10"""
+USAGE = f"{INTO_USAGE} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class Records:
-    """The database of one queen, in `folder`. It opens itself in the background, as soon as no other process has it."""
+    """The database of one queen, in `folder`. It opens itself in the background, as soon as no other process has it.
 
-    def __init__(self, folder: Path, retention: Retention = RETENTION) -> None:
-        self.folder = paths.private(folder)
+    What lies in the `orphans`, folders of processes that are no more, is taken over first.
+    """
+
+    def __init__(self, folder: Path, retention: Retention = RETENTION, orphans: Sequence[Path] = ()) -> None:
+        self.folder = folder
         self.retention = retention
+        self._orphans = orphans
         self.problem = ""
         self._ledger: Ledger | None = None
         self._early: list[Ended] = []
@@ -97,7 +119,7 @@ class Records:
         self._db: sqlite3.Connection | None = None
         self._lock = -1
         self._pool = ThreadPool(1)
-        self._wanted, self._urgent = Event(), Event()
+        self._wanted, self._called, self._urgent = Event(), Event(), Event()
         self._pruned_at = 0.0
         self._writer = gevent.spawn(self._run)
 
@@ -123,6 +145,7 @@ class Records:
         result: AsyncResult[T] = AsyncResult()
         self._calls.append((operation, result))
         self._wanted.set()
+        self._called.set()
         if urgent:
             self._urgent.set()
         try:
@@ -162,8 +185,11 @@ class Records:
             gevent.sleep(RETRY_S)
         while True:
             self._wanted.wait(timeout=PRUNE_EVERY_S)
+            if not self._calls:
+                self._called.wait(timeout=ROWS_LINGER_S)
             self._urgent.wait(timeout=LINGER_S)
             self._wanted.clear()
+            self._called.clear()
             self._urgent.clear()
             self._commit_waiting()
             if self.problem:
@@ -176,10 +202,14 @@ class Records:
     def _opened(self) -> bool:
         """Take the lock and open the database; False when another process still has it, or the disk is full."""
         try:
+            paths.private(self.folder)
             if self._lock < 0:
                 self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._db = self._pool.apply(_open, (self.folder / "records.sqlite",))
+            opened = self._pool.apply(self._open)
+            if isinstance(opened, Exception):
+                raise opened
+            self._db = opened
             self._ledger = Ledger(self.folder)
         except BlockingIOError:
             self._fail("another process has them open")
@@ -194,6 +224,21 @@ class Records:
         self.problem = ""
         self._wanted.set()
         return True
+
+    def _open(self) -> sqlite3.Connection | Exception:
+        """Open the database. In its thread, of which gevent would log what is raised, at each try."""
+        try:
+            db = open_database(self.folder / "records.sqlite")
+        except (OSError, sqlite3.Error) as problem:
+            return problem
+        try:
+            adopt(db, self.folder, self._orphans, open_database, write_ended)
+        except BaseException as problem:
+            db.close()
+            if isinstance(problem, OSError | sqlite3.Error):
+                return problem
+            raise
+        return db
 
     def _commit_waiting(self) -> None:
         assert self._ledger is not None
@@ -231,7 +276,7 @@ class Records:
         try:
             db.execute("BEGIN IMMEDIATE")
             if rows:
-                _write_ended(db, rows)
+                write_ended(db, rows)
             elif not calls:
                 # Whether the disk takes anything again is found out by writing.
                 db.execute("UPDATE meta SET probed_at = ?", (time.time(),))
@@ -256,11 +301,13 @@ def write_usage(db: sqlite3.Connection, row: Ended) -> None:
     """Write the usage of one job; a second row of it changes nothing."""
     db.execute(
         USAGE,
-        (row.id, row.owner, row.key, row.model, row.endpoint, row.prompt_tokens, row.completion_tokens, row.ended_at),
-    )
+        (row.id, row.owner, row.key, row.model, row.endpoint, row.prompt_tokens, row.completion_tokens, row.ended_at,
+         row.estimated),
+    )  # fmt: skip
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open a database of records, with every table and column of today. Raises: sqlite3.Error."""
     if not path.exists():
         path.touch(mode=0o600)
     db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_MS / 1000, isolation_level=None, check_same_thread=False)
@@ -270,27 +317,19 @@ def _open(path: Path) -> sqlite3.Connection:
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "mmap_size = 0"):
         db.execute(f"PRAGMA {pragma}")
     db.executescript(SCHEMA + "CREATE TABLE IF NOT EXISTS meta (probed_at REAL NOT NULL) STRICT;")
+    for table, column, definition in ADDED:
+        if column not in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {definition}")
     db.execute("INSERT INTO meta SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM meta)")
     return db
 
 
-def _write_ended(db: sqlite3.Connection, rows: list[Ended]) -> None:
-    db.executemany(
-        JOB_OF_ENDED,
-        [
-            (r.id, r.owner, r.key, r.endpoint, r.model, r.status, r.created_at, r.created_at, r.ended_at, r.worker,
-             r.prompt_tokens, r.completion_tokens, r.error)
-            for r in rows
-        ],
-    )  # fmt: skip
-    db.executemany(
-        USAGE,
-        [
-            (r.id, r.owner, r.key, r.model, r.endpoint, r.prompt_tokens, r.completion_tokens, r.ended_at)
-            for r in rows
-            if r.prompt_tokens or r.completion_tokens
-        ],
-    )
+def write_ended(db: sqlite3.Connection, rows: list[Ended]) -> None:
+    """Write requests that have ended, and their usage; a second row of one changes nothing."""
+    # One statement for all of them: each step of SQLite gives the interpreter up, and the event loop pays for that.
+    text = msgspec.json.encode(rows)
+    db.execute(JOBS_OF_ENDED, (text,))
+    db.execute(USAGE_OF_ENDED, (text,))
 
 
 def _outcome(db: sqlite3.Connection, operation: Operation) -> tuple[Any, Exception | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from rbee.errors import Lost, RbeeError, ShuttingDown, TimedOut, Unreachable, WorkerLost
@@ -11,12 +12,15 @@ from rbee.queen.admission import Place
 from rbee.queen.client_watch import ClientGone
 from rbee.queen.health import answers, failed, is_fault, is_full
 from rbee.queen.hives import Worker
-from rbee.queen.job import Exchange, Job, Reply
+from rbee.queen.job import DECODE, Exchange, Job, Reply
 from rbee.queen.metrics import Metrics
 from rbee.queen.waiting import error_event
 from rbee.wire.errors import decode_error
 
 PING = b": ping\n\n"
+EVENT, DONE = b"data:", b"[DONE]"
+LAST_READS = 6
+"""How much of a stream is kept for its usage, which engines tell in one of the last two events."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 CUT_BEFORE_END_S = 2.0
 STALLED_S = 30.0
@@ -56,7 +60,7 @@ class Relay:
         answer, worker = exchange.answer, exchange.worker
         streams = answer.headers.get("content-type", "").startswith("text/event-stream")
         try:
-            if answer.status >= 400:
+            if answer.status >= 300:
                 raise self._refusal(job, exchange)
             body = self._first(job, exchange) if streams else self._whole(job, exchange)
             worker.ejection.began()
@@ -64,19 +68,28 @@ class Relay:
             worker.ejection.dropped()
             self._end(exchange)
             raise
+        finally:
+            worker.unanswered.pop(job.id, None)
         content_type = answer.headers.get("content-type", "application/json")
         self._metrics.first_byte(job)
         if streams:
+            job.enter(DECODE)
             return Reply(answer.status, content_type, Stream(self, job, exchange, place, body))
         self._end(exchange)
         worker.ejection.succeeded()
         self._metrics.count_usage(job, body)
+        worker.tokens_written += job.completion_tokens
         place.leave()
         return Reply(answer.status, content_type, body)
 
     def _refusal(self, job: Job, exchange: Exchange) -> RbeeError:
         """Return what an error answer says, and note what it says of the worker."""
         answer, worker = exchange.answer, exchange.worker
+        if answer.status < 400:
+            failed(job, worker)
+            return Unreachable(
+                f"{worker.id} answers {answer.status}; the queen follows no redirects", hint="the server's own address"
+            )
         problem = decode_error(answer.status, self._whole(job, exchange))
         if answer.status in (401, 403) and worker.look is not None:
             # It is the queen's key: the client, whose own is good, must not read that it is not.
@@ -113,22 +126,29 @@ class Relay:
 
     def chunks(self, job: Job, exchange: Exchange, first: bytes) -> Iterator[bytes]:
         """Yield an event stream to its end; comments fill its silences, a typed event tells of a failure."""
-        answer, tail = exchange.answer, first
+        answer, worker = exchange.answer, exchange.worker
+        last = deque([first], maxlen=LAST_READS)
+        events, whole = first.count(EVENT), False
+        worker.tokens_written += events
         # Whoever has only the stream can still ask for the job; clients of event streams ignore comments.
-        yield b": job %s\n\n%s" % (job.id.encode(), first)
         heard_at = alive_at = time.monotonic()
         try:
+            yield b": job %s\n\n%s" % (job.id.encode(), first)
             while True:
                 try:
                     data = answer.next(self._ping_s)
                 except TimeoutError:
                     self._check_end(heard_at)
-                    alive_at = self._check_alive(exchange.worker, alive_at)
+                    alive_at = self._check_alive(worker, alive_at)
                     yield PING
                     continue
                 if not data:
+                    whole = True
                     break
-                tail = (tail + data)[-8192:] if len(data) < 8192 else data[-8192:]
+                last.append(data)
+                came = data.count(EVENT)
+                events += came
+                worker.tokens_written += came
                 yield data
                 # After the yield: the time that a slow reader took is no silence of the worker's.
                 heard_at = alive_at = time.monotonic()
@@ -136,12 +156,15 @@ class Relay:
         except RbeeError as found:
             problem = job.client.why(found)
             if isinstance(found, Lost) and problem is found:
-                failed(job, exchange.worker)
+                failed(job, worker)
             self._metrics.broken(job, problem)
             yield error_event(job, problem)
             raise problem from None
-        exchange.worker.ejection.succeeded()
-        self._metrics.count_usage(job, tail, first)
+        finally:
+            # Also of an answer that broke off, or whose client left: what came of it was made for that client.
+            tail = b"".join(last)
+            self._metrics.count_usage(job, tail, first, events - (DONE in tail[-32:]), whole=whole)
+        worker.ejection.succeeded()
         exchange.note_speed(job.completion_tokens)
 
     def _check_end(self, heard_at: float) -> None:

@@ -23,8 +23,8 @@ from rbee.errors import RbeeError, TimedOut, Unreachable
 from rbee.http.upstream import Upstream
 from rbee.inventory.fleet import Host, WorkerLine
 from rbee.plugin import Capability, Feature
-from rbee.queen.ejection import Ejection
 from rbee.queen.fleet import Fleet
+from rbee.queen.health import give_up
 from rbee.queen.hives import Hive, Worker
 from rbee.wire.fleet import EngineReport, HiveReport, ModelReport, WorkerReport, WorkerState
 
@@ -127,7 +127,7 @@ class Server:
             self._upstream,
             # Nothing is sent there before it has answered.
             lost=True,
-            ejection=Ejection(fleet.announce),
+            ejection=fleet.ejection(host, line.name),
             upstream_model=line.upstream_model,
             look=self.look,
         )
@@ -175,10 +175,11 @@ class Server:
         except TimedOut as problem:
             self._late += 1
             if self.worker.lost or self._late >= LATE_PROBES:
-                self._note(WorkerState.FAILED, str(problem))
+                # One that is late may only be busy, and be the only one.
+                self._note(WorkerState.FAILED, str(problem), gone=self._fleet.has_other(self.worker))
             return False
         except RbeeError as problem:
-            self._note(WorkerState.FAILED, str(problem))
+            self._note(WorkerState.FAILED, str(problem), gone=isinstance(problem, Unreachable))
             return False
         except Exception as problem:
             log.exception("the server %s", self.worker.id)
@@ -198,6 +199,10 @@ class Server:
         if answer.status in (401, 403):
             hint = self.line.key_file or "key-file= on its Worker line"
             raise RbeeError(f"{self.line.url} refuses the API key ({answer.status})", hint=hint)
+        if 300 <= answer.status < 400:
+            raise RbeeError(
+                f"{self.line.url} redirects ({answer.status})", hint="the address that it leads to, in url="
+            )
         if answer.status >= 500:
             raise RbeeError(f"{self.line.url} answers {answer.status} to GET /models")
         # Some servers do not list their models, and all but the statuses above come from one that is there.
@@ -217,8 +222,11 @@ class Server:
             f"{self.line.url} does not list the model {wanted!r}, but {shown}. Try: upstream-model= at {self.line.at}"
         )
 
-    def _note(self, state: WorkerState, reason: str) -> None:
+    def _note(self, state: WorkerState, reason: str, *, gone: bool = False) -> None:
+        """Note how it stands; jobs of which one that is `gone` has answered nothing are sent elsewhere."""
         worker, ready = self.worker, state is WorkerState.READY
+        if gone:
+            give_up(worker)
         if worker.report.state is state and worker.report.reason == reason and worker.lost is not ready:
             return
         if worker.report.state is not state:

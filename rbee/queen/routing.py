@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import gevent
 from gevent.event import Event
 
-from rbee.errors import Busy, NotFound, NotSupported, RbeeError, UnknownModel
+from rbee.errors import Busy, NotFound, NotSupported, PolicyDenied, RbeeError, UnknownModel
 from rbee.queen.decisions import DecisionLog
 from rbee.queen.fleet import Fleet
 from rbee.queen.job import Job
-from rbee.queen.placement import objection
+from rbee.queen.placement import OTHER_TENANT, objection
 from rbee.queen.places import Candidate
 from rbee.queen.prefixes import PrefixIndex, prefix_hashes
 from rbee.queen.script import Explanation, RoutingScript
@@ -72,9 +72,11 @@ class Routing:
         return {place_id: why for place_id, why in found.items() if why}
 
     def _choose(self, job: Job, view: View) -> list[Candidate]:
+        began = time.perf_counter()
         prefixes = self._prefixes.match(_hashes(job)) if self._script.reads_prefixes else {}
         task, frozen = job.record(), view.frozen(prefixes)
         decision = self._script.decide(task, frozen)
+        self._script.times[()].observe(time.perf_counter() - began)
         chosen = [view.places[index] for index in decision.indices]
         if self._decisions is not None:
             self._decisions.note(task, view.query, frozen, [place.id for place in chosen], decision.by)
@@ -111,12 +113,13 @@ class Routing:
 
     def _nowhere(self, query: Query, places: list[Place]) -> RbeeError:
         # The names of machines, which may be another tenant's, are not the client's business.
-        why = "; ".join(sorted({objection(query.region, query.tenant, place.host) for place in places}))
-        message = f"No machine that has the model {query.model!r} may run this job ({why})"
+        found = {objection(query.region, query.tenant, place.host) for place in places}
+        message = f"No machine that has the model {query.model!r} may run this job ({'; '.join(sorted(found))})"
         hosts = [watched.host for watched in self._fleet.watched.values() if watched.away]
         if any(not objection(query.region, query.tenant, host) for host in hosts):
             return Busy(f"{message}; one that may is out of reach", retry_after_s=5)
-        return NotSupported(message, hint="Region and RbeeTenant in the inventory", param="model")
+        reason = "tenant" if found == {OTHER_TENANT} else "region"
+        return PolicyDenied(message, reason=reason, hint="Region and RbeeTenant in the inventory", param="model")
 
     def _wait(self, job: Job, changed: Event, left_s: float) -> None:
         if left_s <= 0:

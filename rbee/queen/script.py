@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import rhai
 
 from rbee.errors import InvalidScript, Refused
+from rbee.logs import escaped
+from rbee.queen.counting import Distributions
 
 log = logging.getLogger("rbee.queen.script")
 
@@ -31,8 +34,10 @@ FAILURES_ALLOWED = 3
 MAX_OPERATIONS = 200_000  # filters over a thousand workers take about 15,000 each
 TIMEOUT_S = 0.05
 MAX_SOURCE_BYTES = 65_536
+MAX_ERROR_CHARS = 2000
 PREFIX_WORDS = ("prefix_match", "best_prefix")
 DEFAULT = "built-in default"
+SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 
 Record = Mapping[str, Any]
 Frozen = rhai.Frozen
@@ -75,12 +80,12 @@ class Compiled:
     script: rhai.Script
     functions: frozenset[str]
 
-    @property
+    @cached_property
     def route(self) -> str:
         """Return the name of its routing function, or nothing."""
         return next((name for name in ROUTES if name in self.functions), "")
 
-    @property
+    @cached_property
     def reads_prefixes(self) -> bool:
         """Return True when it may look at what workers have cached."""
         return any(word in self.text for word in PREFIX_WORDS)
@@ -96,7 +101,7 @@ def compile_script(source: str, name: str) -> Compiled:
     try:
         script = _engine().compile(source, name=name)
     except rhai.Error as problem:
-        raise InvalidScript(f"The routing script does not compile: {problem}") from None
+        raise InvalidScript(f"The routing script does not compile: {_words(problem)}") from None
     functions = frozenset(function.name for function in script.functions())
     if not functions & {*ROUTES, ADMITS}:
         raise InvalidScript(
@@ -129,7 +134,7 @@ def decide(compiled: Compiled, task: Record, workers: Frozen) -> list[int]:
     try:
         return _indices(compiled.script.call(compiled.route, task, workers), len(workers))
     except rhai.Error as problem:
-        raise InvalidScript(f"{compiled.name}: {compiled.route} failed: {problem}") from None
+        raise InvalidScript(f"{compiled.name}: {compiled.route} failed: {_words(problem)}") from None
     except InvalidScript as problem:
         raise InvalidScript(f"{compiled.name}: {compiled.route} {problem.message}") from None
 
@@ -139,7 +144,7 @@ def admits(compiled: Compiled, task: Record, queue_depth: int) -> None:
     try:
         verdict = compiled.script.call(ADMITS, task, queue_depth)
     except rhai.Error as problem:
-        raise InvalidScript(f"{compiled.name}: {ADMITS} failed: {problem}") from None
+        raise InvalidScript(f"{compiled.name}: {ADMITS} failed: {_words(problem)}") from None
     if verdict is True:
         return
     if verdict is False:
@@ -165,6 +170,9 @@ class RoutingScript:
         self._memory = memory
         self._default = default_script()
         self._own: Compiled | None = None
+        self.errors = 0
+        """How often a script failed or did not compile."""
+        self.times = Distributions("rbee_script_decision_seconds", "How long a routing decision took.", (), SECONDS)
         self._failures = 0
         self._looked_at = float("-inf")
         self._stamp: tuple[int, int, int] | None = None
@@ -234,6 +242,7 @@ class RoutingScript:
         self.follow()
 
     def _failed(self, problem: str) -> None:
+        self.errors += 1
         self._failures += 1
         if self._failures >= FAILURES_ALLOWED:
             problem += f". It is not asked again until it is saved anew ({self._failures} failures in a row)"
@@ -262,6 +271,7 @@ class RoutingScript:
         try:
             own = read_script(self.path)
         except InvalidScript as problem:
+            self.errors += 1
             self._own = self._own or self._recalled()
             self.error = f"{problem}. In force: {self.source}"
             log.warning("%s", self.error)
@@ -297,7 +307,7 @@ def explain(compiled: Compiled, task: Record, workers: Frozen) -> Explanation:
         result, lines = compiled.script.trace(compiled.route, task, workers)
         indices = _indices(result, len(workers))
     except rhai.Error as problem:
-        raise InvalidScript(f"{compiled.name}: {compiled.route} failed: {problem}") from None
+        raise InvalidScript(f"{compiled.name}: {compiled.route} failed: {_words(problem)}") from None
     except InvalidScript as problem:
         raise InvalidScript(f"{compiled.name}: {compiled.route} {problem.message}") from None
     line = lines[-1] if lines else 0
@@ -353,6 +363,11 @@ def _indices(result: Any, count: int) -> list[int]:
             raise InvalidScript(f"returned {_kind(item)}, which is none of the workers that it was given")
         found.append(item.index)
     return list(dict.fromkeys(found))
+
+
+def _words(problem: rhai.Error) -> str:
+    """Return what went wrong in one line that no terminal obeys: scripts choose the words that they throw."""
+    return escaped(str(problem)[:MAX_ERROR_CHARS])
 
 
 def _kind(value: Any) -> str:

@@ -10,8 +10,6 @@ replaced costs no loaded model.
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import logging
 import os
 import resource
@@ -21,8 +19,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +28,34 @@ import gevent
 from gevent import monkey
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.workers.ggevent import GeventWorker
 
-from rbee import __version__, paths
-from rbee.errors import Busy, PortInUse, RbeeError, SetupProblem
-from rbee.http.upstream import notice_silence
+from rbee import __version__, logs, paths
+from rbee.errors import RbeeError, SetupProblem
 from rbee.lifeline import die_with_parent
 from rbee.notify import Notifier
+from rbee.queen import slots
 from rbee.queen.arguments import parse, settings_of
+from rbee.queen.connections import MAX_CONNECTIONS, Connections
 from rbee.queen.hive_process import HiveProcess
 from rbee.queen.jwt_tokens import read_jwt_settings
+from rbee.queen.listening import NAME, check_port, kept_socket
+from rbee.queen.log_sources import GunicornLog
+from rbee.queen.receiving import receive_from_workers
 from rbee.queen.settings import Settings
-from rbee.wire.errors import encode_error
 from rbee.wire.fleet import QueenRecord
 
 log = logging.getLogger("rbee.queen")
 
 RECORD = "queen.json"
 EPHEMERAL_PREFIX = "rbee-ephemeral-"
-MAX_CONNECTIONS = 4096
 REFUSING = 64
 """Connections beyond the limit that are told so at the same time; further ones wait to be accepted."""
 DESCRIPTORS = 4 * MAX_CONNECTIONS
 OTHER_DESCRIPTORS = 128
-NOTHING_TAKEN_S = 30.0
-"""How long a client may take nothing of its answer (RFC 5482) before its connection is cut."""
+LAST_REQUEST_S = 1.0
+"""How long an idle connection is left open for a next request, which is the last, by a process that is to end."""
+LAST_ANSWERS_S = 4.0
+"""How long before its end a process stops to listen at the latest: streams are cut 2 s before it."""
 
 
 def main() -> None:
@@ -78,17 +79,35 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Listen, keep a hive, serve. Returns by SystemExit. Raises: PortInUse, SetupProblem."""
     assert monkey.is_module_patched("ssl"), "gevent must patch before anything else is imported"
-    _check_port(settings)
+    service = Notifier.from_environment()
+    listener = kept_socket(settings.host, settings.port, service)
+    if listener is None:
+        check_port(settings.host, settings.port)
     read_jwt_settings(settings.jwt_path)  # what is wrong with it is said here, before there is a server process
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    QueenArbiter(QueenApplication(settings)).run()
+    if settings.traced:
+        check_tracing()
+    logs.configure(settings.log_format)
+    QueenArbiter(QueenApplication(settings, listener), service).run()
+
+
+def check_tracing() -> None:
+    """Look for the packages that traces need, without importing them. Raises: SetupProblem."""
+    with contextlib.suppress(ModuleNotFoundError):
+        if find_spec("opentelemetry.exporter.otlp.proto.http"):
+            return
+    raise SetupProblem("Traces need OpenTelemetry, which is not installed here", hint="pip install 'rbee[otel]'")
 
 
 class QueenApplication(BaseApplication):
-    """Tells gunicorn how to run, and makes the application in the server process."""
+    """Tells gunicorn how to run, and makes the application in the server process.
 
-    def __init__(self, settings: Settings) -> None:
+    `listener` is the descriptor of a socket that listens already.
+    """
+
+    def __init__(self, settings: Settings, listener: int | None = None) -> None:
         self.settings = settings
+        self._listener = listener
+        self.from_peers: socket.socket | None = None
         self._boots = os.pipe()
         for end in self._boots:
             os.set_blocking(end, False)
@@ -98,8 +117,8 @@ class QueenApplication(BaseApplication):
         settings = self.settings
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         values = {
-            "bind": f"{host}:{settings.port}",
-            "workers": 1,
+            "bind": f"{host}:{settings.port}" if self._listener is None else f"fd://{self._listener}",
+            "workers": settings.processes,
             "worker_class": ServerProcess,
             "worker_connections": MAX_CONNECTIONS + REFUSING,
             "timeout": 30,
@@ -111,6 +130,7 @@ class QueenApplication(BaseApplication):
             "limit_request_line": 4094,
             "limit_request_fields": 64,
             "loglevel": "warning",
+            "logger_class": GunicornLog,
             "proc_name": "rbee-queen",
             "post_worker_init": self.booted,
         }
@@ -121,9 +141,23 @@ class QueenApplication(BaseApplication):
         """Make the application. Called in the server process, after the fork."""
         from rbee.queen.app import create_app, create_queen, follow_fleet
 
-        queen = create_queen(self.settings, draining_since=ServerProcess.draining_since)
+        receive_from_workers()
+
+        settings = self._in_slot() if self.settings.shared else self.settings
+        queen = create_queen(settings, draining_since=ServerProcess.draining_since)
         follow_fleet(queen)
         return create_app(queen)
+
+    def _in_slot(self) -> Settings:
+        """Take a free slot, and listen to the other processes there. Raises: SystemExit; gunicorn then tries again."""
+        settings = self.settings
+        try:
+            slot = slots.take(settings.state_dir / "slots", settings.processes)
+        except slots.NoSlot:
+            log.error("an earlier server process has not ended; this one ends")
+            sys.exit(1)
+        self.from_peers = slots.listen(slots.socket_path(settings.state_dir, slot))
+        return replace(settings, slot=slot, max_in_flight=max(1, settings.max_in_flight // settings.processes))
 
     def booted(self, process: Any) -> None:
         """Tell the master that this server process answers. gunicorn calls it there."""
@@ -145,11 +179,11 @@ class QueenArbiter(Arbiter):
     The hive is started from this process' only thread: the kernel ties a child's parent-death signal to the thread.
     """
 
-    def __init__(self, app: QueenApplication) -> None:
+    def __init__(self, app: QueenApplication, service: Notifier) -> None:
         self._application = app
         self._hive: HiveProcess | None = None
         # gunicorn says that it is ready when it listens, before anything can answer; its children are not the service.
-        self._service = Notifier.from_environment()
+        self._service = service
         super().__init__(app)
 
     def start(self) -> None:
@@ -157,6 +191,7 @@ class QueenArbiter(Arbiter):
         # gunicorn makes it inheritable for its re-exec; a hive that held it too would keep the port after the queen.
         for listener in self.LISTENERS:
             listener.sock.set_inheritable(False)
+            self._service.keep(NAME, listener.sock)
         settings = self._listening(self._application.settings)
         self._application.settings = settings
         _write_record(settings)
@@ -187,108 +222,52 @@ class QueenArbiter(Arbiter):
         return replace(settings, port=self.LISTENERS[0].sock.getsockname()[1])
 
 
-class ServerProcess(GeventWorker):
-    """The process that serves. It knows since when it is to end, and answers malformed requests in OpenAI's form."""
+class ServerProcess(Connections):
+    """The process that serves. It knows since when it is to end."""
 
     current: ServerProcess | None = None
-    _told_at: float | None = None
-    _connected = 0
-    _limit = MAX_CONNECTIONS
-    _idle: dict[gevent.Timeout, Any]
-    _ending: set[gevent.Timeout]
 
     def init_process(self) -> None:
         ServerProcess.current = self
-        self._idle = {}
-        self._ending = set()
-        self._connected = 0
         self._limit = connection_limit()
         die_with_parent(self.ppid, signal.SIGTERM)
         super().init_process()
 
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        application = self.app
+        if isinstance(application, QueenApplication) and application.from_peers is not None:
+            self.sockets.append(application.from_peers)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self._told_at = time.monotonic()
-        super().handle_exit(sig, frame)
-        self._end_idle_soon()
+        if self.told_at is None:
+            self.told_at = time.monotonic()
+            gevent.get_hub().loop.run_callback(gevent.spawn, self._leave)
 
-    def notify(self) -> None:
-        """Called once a second."""
-        super().notify()
-        if not self.alive:
-            self._end_idle_soon()
+    def _leave(self) -> None:
+        """Serve whoever comes, one request a connection, while earlier requests run on; then listen no more.
 
-    def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve one connection to its end; one too many takes the place of an idle one, or is told so."""
-        self._connected += 1
-        try:
-            if self._connected > self._limit and not self._end_longest_idle():
-                refuse(client, f"{self._limit} connections are open, which is the limit")
-                return
-            # The kernel tells a reader that takes nothing from one that is slow; a time for each write could not.
-            notice_silence(client, NOTHING_TAKEN_S)
-            super().handle(listener, client, addr)
-        finally:
-            self._connected -= 1
-
-    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        try:
-            return super().handle_request(listener_name, req, sock, addr)
-        except TimeoutError:
-            log.info("cut the connection of %s, which took nothing for %g s", addr, NOTHING_TAKEN_S)
-            raise ConnectionResetError(errno.ECONNRESET, "the client takes nothing") from None
-
-    def _end_longest_idle(self) -> bool:
-        """Close the connection that has waited longest for a request. Return False when every one carries a job."""
-        longest = next((timeout for timeout in self._idle if timeout not in self._ending), None)
-        if longest is not None:
-            self._ending.add(longest)
-            gevent.get_hub().loop.run_callback(self._end_one, longest)
-        return longest is not None
-
-    def _end_one(self, timeout: gevent.Timeout) -> None:
-        self._ending.discard(timeout)
-        # A request may have come in the meantime.
-        if timeout in self._idle:
-            self._idle[timeout].throw(timeout)
-
-    @contextlib.contextmanager
-    def timeout_ctx(self) -> Iterator[None]:  # type: ignore[override]  # the stubs take gunicorn's abstract one for all
-        """Bound the wait for a connection's next request. gunicorn waits inside of it, and only then."""
-        timeout = gevent.Timeout(self.cfg.keepalive, False)  # type: ignore[arg-type]  # False: end in silence
-        self._idle[timeout] = gevent.getcurrent()
-        try:
-            with timeout:
-                yield
-        finally:
-            del self._idle[timeout]
-
-    def _end_idle_soon(self) -> None:
-        """Close the connections that carry no request: clients keep them open, and would hold up the end."""
-        gevent.get_hub().loop.run_callback(self._end_idle)
-
-    def _end_idle(self) -> None:
-        for timeout, greenlet in list(self._idle.items()):
-            if timeout in self._idle:
-                greenlet.throw(timeout)
+        A restart under load is not felt: clients that keep a connection are told to make a new one, and new ones are
+        taken by the next process where the socket is kept (`listening`).
+        """
+        assert self.told_at is not None
+        first = self.told_at + min(LAST_REQUEST_S, self.cfg.graceful_timeout / 30)
+        last = self.told_at + self.cfg.graceful_timeout - LAST_ANSWERS_S
+        while (now := time.monotonic()) < last:
+            if not self.earlier_requests and (now >= first or self.idle_since() >= self.told_at):
+                break
+            gevent.sleep(0.05)
+        self.alive = False
 
     @staticmethod
     def draining_since() -> float | None:
         """Return when this process was told to end (monotonic seconds), or None."""
         process = ServerProcess.current
-        if process is None or process.alive:
+        if process is None:
             return None
-        process._told_at = process._told_at or time.monotonic()
-        return process._told_at
-
-    def handle_error(self, req: Any, client: Any, addr: Any, problem: BaseException) -> None:
-        """Answer what gunicorn's parser refuses; everything else keeps gunicorn's way."""
-        with contextlib.suppress(OSError):
-            message = "The request is not valid HTTP/1.1" if req is None else "The request could not be served"
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "bad_request"}
-            body = json.dumps({"error": error}).encode()
-            head = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        self.log.debug("refused a request from %s: %r", addr, problem)
+        if not process.alive and process.told_at is None:
+            process.told_at = time.monotonic()
+        return process.told_at
 
 
 def connection_limit() -> int:
@@ -306,31 +285,6 @@ def connection_limit() -> int:
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
     return max(16, min(MAX_CONNECTIONS, (soft - OTHER_DESCRIPTORS) // 2))
-
-
-def refuse(client: Any, why: str) -> None:
-    """Answer 503 on a connection of which no request was read."""
-    body = encode_error(Busy(why, retry_after_s=1))
-    head = "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json"
-    with contextlib.suppress(OSError):
-        client.settimeout(1.0)
-        client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        # A close with unread bytes resets the connection, and the answer is lost with it (RFC 9112, 9.6).
-        client.shutdown(socket.SHUT_WR)
-        client.recv(65536)
-
-
-def _check_port(settings: Settings) -> None:
-    """Look before gunicorn does, which would try for five seconds and say so in its own words."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as problem:
-            if problem.errno == 98:
-                raise PortInUse(settings.host, settings.port) from None
-            raise SetupProblem(f"Cannot listen on {settings.host}:{settings.port} ({problem.strerror})") from None
 
 
 def _write_record(settings: Settings) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rbee import paths
+from rbee.logs import LogFormat
 from rbee.queen.retention import RETENTION, Retention
+
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,10 @@ class Settings:
     SIGTERM.
     With `platform` the routing script is the operator's alone: it is replaced through the API, and the person's file
     is not read.
+    `log_jobs` has a record logged for each job; with an `otlp_endpoint`, a trace of each is sent there.
     `declared` is True for a queen that `rbee apply` set up: her inventory must be there.
+    `state` is the address of the Redis that server processes and queens share their live state in, and `slot` which of
+    `processes` this one is; other queens reach this one at `advertise`.
     """
 
     host: str = "127.0.0.1"
@@ -37,6 +44,9 @@ class Settings:
     parent_pid: int = 0
     ephemeral: bool = False
     require_key: bool = False
+    log_format: LogFormat = "text"
+    log_jobs: bool = False
+    otlp_endpoint: str = ""
     admin_token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     hive_token: str = field(default="", repr=False)
     max_in_flight: int = 2048
@@ -50,6 +60,31 @@ class Settings:
     ping_s: float = 2.0
     retention: Retention = RETENTION
     drain_s: float = 30.0
+    processes: int = 1
+    slot: int = 0
+    state: str = ""
+    state_password: str = field(default="", repr=False)
+    advertise: str = ""
+
+    @property
+    def shared(self) -> bool:
+        """Return True when other server processes or queens share this one's live state."""
+        return bool(self.state)
+
+    @property
+    def advertised(self) -> str:
+        """Return where other queens reach this one; empty where nobody said it and it cannot be known."""
+        if self.advertise or self.host in ("0.0.0.0", "::", ""):
+            return self.advertise
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    @property
+    def traced(self) -> bool:
+        """Return True when traces are wanted, by `otlp_endpoint` or OpenTelemetry's own environment variables."""
+        told = os.environ.get
+        if told("OTEL_SDK_DISABLED", "").lower() == "true" or told("OTEL_TRACES_EXPORTER") == "none":
+            return False
+        return bool(self.otlp_endpoint or any(map(told, OTLP_ENDPOINTS)))
 
     @property
     def inventory_dir(self) -> Path:
@@ -74,7 +109,7 @@ class Settings:
     @property
     def decisions_path(self) -> Path:
         """Return the file of the routing decisions of late."""
-        return self.state_dir / "decisions.jsonl"
+        return self.state_dir / ("decisions.jsonl" if self.slot == 0 else f"decisions-{self.slot}.jsonl")
 
     @property
     def keys_path(self) -> Path:
@@ -83,8 +118,16 @@ class Settings:
 
     @property
     def records_dir(self) -> Path:
-        """Return the folder of jobs, usage, files and batches."""
-        return self.state_dir / "records"
+        """Return the folder of jobs, usage, files and batches: each server process has its own."""
+        records = self.state_dir / "records"
+        return records if self.slot == 0 else records / f"process-{self.slot}"
+
+    @property
+    def orphaned_records(self) -> list[Path]:
+        """Return the records of processes that this queen does not have any more: the first one takes them over."""
+        mine = {f"process-{slot}" for slot in range(1, self.processes)}
+        folders = sorted((self.state_dir / "records").glob("process-*"))
+        return [folder for folder in folders if folder.name not in mine] if self.slot == 0 else []
 
     @property
     def jwt_path(self) -> Path:
@@ -94,7 +137,7 @@ class Settings:
     @property
     def limits_path(self) -> Path:
         """Return the file that remembers what keys have used of their budgets."""
-        return self.state_dir / "limits.json"
+        return self.state_dir / ("limits.json" if self.slot == 0 else f"limits-{self.slot}.json")
 
     @property
     def fleet_path(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from rbee.errors import InvalidScript, Refused
 from rbee.queen.job import BYTES_A_TOKEN, TYPES, new_id
 from rbee.queen.places import Candidate
-from rbee.queen.policy import PRIORITIES
+from rbee.queen.policy import MEANT
 from rbee.queen.script import ADMITS, Compiled, admits, decide, freeze
 from rbee.queen.view import Place, record
 from rbee.wire.fleet import EngineReport, ModelReport
@@ -22,7 +22,7 @@ TIERS = ("", "enterprise")
 def trials(compiled: Compiled) -> Iterator[str]:
     """Yield what fails: for jobs of every type and priority, with no, one and two workers."""
     shelves = [freeze([]), freeze([place(0)]), freeze([place(0), place(1)])]
-    for capability, priority, model, tier in itertools.product(TYPES, PRIORITIES, MODELS, TIERS):
+    for capability, priority, model, tier in itertools.product(TYPES, MEANT, MODELS, TIERS):
         task = described(ExplainJob(model=model, priority=priority, customer_tier=tier), capability)
         try:
             if ADMITS in compiled.functions:

@@ -61,6 +61,16 @@ class Watched:
             self.state, self.since = HiveState.UNREACHABLE, time.time()
 
     @property
+    def silent_s(self) -> float:
+        """Return for how long nothing was heard of it."""
+        return time.monotonic() - self.heard_at
+
+    @property
+    def in_doubt(self) -> bool:
+        """Return True while a hive that was ready does not answer, but not for so long that it counts."""
+        return self.state is HiveState.READY and self.silent_s < ROUTED_FOR_S
+
+    @property
     def away(self) -> bool:
         """Return True when nothing should be sent to this host's workers."""
         return self.state is HiveState.UNREACHABLE and time.monotonic() - self.heard_at > ROUTED_FOR_S

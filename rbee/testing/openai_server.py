@@ -23,28 +23,47 @@ from rbee.client import Client
 from rbee.http.server import Request, Response, Routes, Server, reply
 
 HANG_S = 600.0
+LOOK_EVERY_S = 0.02
 
 
 class Manner(Struct, frozen=True, kw_only=True):
     """How jobs are answered, until another manner is set.
 
     `answer` is ok, or error (500), busy (503 with Retry-After), drop (the connection closes without a byte), hang
-    (nothing comes), or break (a stream stops after its first half, a whole answer is cut). `word_s` is the time between
-    two words of a stream, and before a whole answer.
+    (nothing comes), or break (a stream stops after its first half, a whole answer is cut). `first_s` is the time before
+    the first byte of an answer, as the reading of a prompt takes, `word_s` that between two words of a stream, and
+    before a whole answer. Each event of a stream is made longer by `padding_bytes`. With `usage` asked, a stream tells
+    it as OpenAI's do, where `stream_options.include_usage` wants it; with never, nothing does.
     """
 
     answer: Literal["ok", "error", "busy", "drop", "hang", "break"] = "ok"
+    first_s: Annotated[float, Meta(ge=0)] = 0.0
     word_s: Annotated[float, Meta(ge=0)] = 0.0
+    padding_bytes: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    usage: Literal["always", "asked", "never"] = "always"
+
+    def tells_usage(self, asked: dict[str, Any]) -> bool:
+        """Return whether the answer to a request tells how many tokens it took."""
+        wanted = not asked.get("stream") or (asked.get("stream_options") or {}).get("include_usage")
+        return self.usage == "always" or (self.usage == "asked" and bool(wanted))
 
 
 class Told(Struct, frozen=True, kw_only=True):
-    """What came in: how many jobs, how many are under way, and of the last one its path, model and bearer token."""
+    """What came in: how many jobs, and of the last one its path, model, bearer token, trace and body.
+
+    `in_flight` jobs are under way, `answered` ones were answered whole and well, with `tokens` written in all; of
+    `cancelled` ones the client closed the connection before that.
+    """
 
     jobs: int = 0
     in_flight: int = 0
+    answered: int = 0
+    cancelled: int = 0
+    tokens: int = 0
     path: str = ""
     model: str = ""
     token: str = ""
+    traceparent: str = ""
     body: dict[str, Any] = {}
 
 
@@ -115,28 +134,41 @@ class _Server:
         asked, manner = request.json(dict[str, Any]), self.manner
         self._note(request, asked)
         try:
-            return self._answer(asked, manner)
-        finally:
-            if not asked.get("stream"):
-                self._done()
+            answer = self._answer(request, asked, manner)
+        except BaseException:
+            self._end(cancelled=request.gone())
+            raise
+        if isinstance(answer.body, bytes):
+            self._end(tokens=len(_prompt(asked).split()) if answer.status == 200 else None)
+        return answer
 
     def _note(self, request: Request, asked: dict[str, Any]) -> None:
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
         with self.lock:
-            self.told = Told(
+            self.told = msgspec.structs.replace(
+                self.told,
                 jobs=self.told.jobs + 1,
                 in_flight=self.told.in_flight + 1,
                 path=request.path,
                 model=str(asked.get("model")),
                 token=token,
+                traceparent=request.headers.get("traceparent", ""),
                 body=asked,
             )
 
-    def _done(self) -> None:
+    def _end(self, *, tokens: int | None = None, cancelled: bool = False) -> None:
+        """Count a job out; `tokens` of one that was answered well."""
         with self.lock:
-            self.told = msgspec.structs.replace(self.told, in_flight=self.told.in_flight - 1)
+            told = self.told
+            self.told = msgspec.structs.replace(
+                told,
+                in_flight=told.in_flight - 1,
+                answered=told.answered + (tokens is not None),
+                cancelled=told.cancelled + cancelled,
+                tokens=told.tokens + (tokens or 0),
+            )
 
-    def _answer(self, asked: dict[str, Any], manner: Manner) -> Response:
+    def _answer(self, request: Request, asked: dict[str, Any], manner: Manner) -> Response:
         if manner.answer == "error":
             return reply({"error": {"message": "this server is broken", "type": "server_error"}}, 500)
         if manner.answer == "busy":
@@ -144,29 +176,48 @@ class _Server:
             return Response(msgspec.json.encode(full), 503, headers={"Retry-After": "1"})
         if manner.answer == "drop":
             raise ConnectionResetError("dropped, as was wanted")
-        if manner.answer == "hang":
-            time.sleep(HANG_S)
+        _pass(request, HANG_S if manner.answer == "hang" else manner.first_s)
         words = _prompt(asked).split()
         if asked.get("stream"):
-            return Response(self._events(asked, words, manner), content_type="text/event-stream")
-        time.sleep(manner.word_s)
-        whole = msgspec.json.encode(_whole(asked, words))
-        if manner.answer == "break":
-            return Response(_cut(whole))
-        return Response(whole)
+            return Response(self._events(request, asked, words, manner), content_type="text/event-stream")
+        _pass(request, manner.word_s)
+        values = _whole(asked, words)
+        if not manner.tells_usage(asked):
+            del values["usage"]
+        whole = msgspec.json.encode(values)
+        return Response(self._cut(whole) if manner.answer == "break" else whole)
 
-    def _events(self, asked: dict[str, Any], words: list[str], manner: Manner) -> Iterator[bytes]:
+    def _cut(self, whole: bytes) -> Iterator[bytes]:
+        try:
+            yield whole[: len(whole) // 2]
+            raise ConnectionResetError("cut, as was wanted")
+        finally:
+            self._end()
+
+    def _events(self, request: Request, asked: dict[str, Any], words: list[str], manner: Manner) -> Iterator[bytes]:
+        tokens, padding = None, " " * manner.padding_bytes
         try:
             for count, word in enumerate(words):
                 if manner.answer == "break" and count >= len(words) / 2:
                     raise ConnectionResetError("broken off, as was wanted")
-                delta = {"choices": [{"index": 0, "delta": {"content": word + " "}, "finish_reason": None}]}
+                delta = {"choices": [{"index": 0, "delta": {"content": f"{word} {padding}"}, "finish_reason": None}]}
                 yield b"data: " + msgspec.json.encode({"model": asked.get("model"), **delta}) + b"\n\n"
-                time.sleep(manner.word_s)
-            yield b"data: " + msgspec.json.encode({"choices": [], "usage": _usage(words)}) + b"\n\n"
+                _pass(request, manner.word_s)
+            if manner.tells_usage(asked):
+                yield b"data: " + msgspec.json.encode({"choices": [], "usage": _usage(words)}) + b"\n\n"
             yield b"data: [DONE]\n\n"
+            tokens = len(words)
         finally:
-            self._done()
+            self._end(tokens=tokens, cancelled=tokens is None and request.gone())
+
+
+def _pass(request: Request, seconds: float) -> None:
+    """Let time pass, as long as the client waits. Raises: BrokenPipeError when it has left."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if request.gone():
+            raise BrokenPipeError("the client has left")
+        time.sleep(min(left, LOOK_EVERY_S))
 
 
 def _prompt(asked: dict[str, Any]) -> str:
@@ -190,11 +241,6 @@ def _whole(asked: dict[str, Any], words: list[str]) -> dict[str, Any]:
 
 def _usage(words: list[str]) -> dict[str, int]:
     return {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
-
-
-def _cut(whole: bytes) -> Iterator[bytes]:
-    yield whole[: len(whole) // 2]
-    raise ConnectionResetError("cut, as was wanted")
 
 
 def main() -> None:

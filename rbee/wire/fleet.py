@@ -233,6 +233,29 @@ class HiveView(Struct, frozen=True, kw_only=True):
     workers: list[WorkerReport] = []
 
 
+class ProcessView(Struct, frozen=True, kw_only=True):
+    """One server process of a queen: its slot, what it is doing, and how many other queens it hears."""
+
+    slot: int
+    pid: int
+    started_at: float
+    in_flight: int = 0
+    waiting: int = 0
+    state_reached: bool = True
+    queens: Count = 0
+
+
+class SharedStateView(Struct, frozen=True, kw_only=True):
+    """The Redis that processes and queens share, and why it is not reached; `queens` are the others, by name."""
+
+    url: str
+    reached: bool
+    since: float
+    problem: str = ""
+    queen: str = ""
+    queens: dict[str, str] = {}
+
+
 class QueenStatus(Struct, frozen=True, kw_only=True):
     """The body of `GET /v1/orchestrator/status`."""
 
@@ -246,6 +269,9 @@ class QueenStatus(Struct, frozen=True, kw_only=True):
     scheduler_error: str = ""
     hives: list[HiveView] = []
     problems: list[Problem] = []
+    processes: list[ProcessView] = []
+    """The server processes that answer, where they share their state."""
+    shared_state: SharedStateView | None = None
 
 
 class QueenRecord(Struct, frozen=True, kw_only=True):

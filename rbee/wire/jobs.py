@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from rbee.wire.errors import ErrorDetail
-from rbee.wire.openai import ModelName, Stop, Temperature, TokenCount
+from rbee.wire.openai import ModelName, PriorityWord, Stop, Temperature, TokenCount
 
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -52,14 +52,15 @@ class CreateJob(Struct, kw_only=True, forbid_unknown_fields=True):
     endpoint: JobEndpoint
     body: msgspec.Raw
     metadata: Metadata = {}
-    priority: Priority = "normal"
+    priority: PriorityWord = "normal"
 
 
 class JobUsage(Struct, frozen=True, kw_only=True):
-    """The tokens that the engine reported for a job."""
+    """The tokens of a job, as the engine reported them; `estimated` by the queen where it did not."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    estimated: bool = False
 
 
 class JobCreated(Struct, frozen=True, kw_only=True):
@@ -116,7 +117,7 @@ class TaskRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Temperature | None = None
     seed: int | None = None
     stop: Stop | None = None
-    priority: Priority = "interactive"
+    priority: PriorityWord | None = None
     stream: bool = True
 
     def request(self) -> tuple[str, bytes]:

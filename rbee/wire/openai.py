@@ -12,14 +12,19 @@ import msgspec
 from msgspec import Meta, Struct
 
 from rbee.errors import InvalidRequest, NotSupported
+from rbee.wire.patterns import check_grammar, check_schema
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-MAX_DEPTH = 64
+LARGE_BYTES = 131_072
+MAX_VALUES = 250_000
+"""Objects, lists, fields and texts of a large request, counted by their marks, wherever these stand."""
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
+PriorityWord = Literal["interactive", "normal", "batch", "high", "low"]
+"""`high` is served as interactive and `low` as batch; routing scripts see the word itself."""
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -65,10 +70,14 @@ class InferenceRequest(Struct, kw_only=True):
     model: ModelName
     stream: bool | None = None
     # vLLM has a number of this name, which is between the client and the engine.
-    priority: Literal["interactive", "normal", "batch"] | int | None = None
-    # Never taken from a client: they reach into the engine's memory or its other jobs.
+    priority: PriorityWord | int | None = None
+    # Never taken from a client: they reach into the engine's memory or its other jobs …
     n_discard: None = None
     id_slot: None = None
+    prompt_embeds: None = None
+    # … or have a gateway that serves as a worker call elsewhere, with its own key.
+    api_base: None = None
+    base_url: None = None
 
     def check(self) -> None:
         """Check what a type cannot say. Raises: InvalidRequest."""
@@ -104,6 +113,17 @@ class Generation(InferenceRequest, kw_only=True):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     metadata: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    grammar: Any = None
+    json_schema: Any = None
+
+    def check(self) -> None:
+        if isinstance(self.grammar, str):
+            check_grammar(self.grammar, "grammar")
+        if self.json_schema:
+            check_schema(self.json_schema, "json_schema")
+        if self.response_format:
+            check_schema(self.response_format, "response_format")
 
     def output_limit(self) -> int | None:
         return self.max_tokens
@@ -135,11 +155,12 @@ class ChatRequest(Generation, kw_only=True):
     max_completion_tokens: TokenCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
     def check(self) -> None:
+        super().check()
+        _check_tools(self.tools)
         for index, message in enumerate(self.messages):
             if message.content is None and message.role in ("system", "developer", "user"):
                 raise InvalidRequest(
@@ -178,6 +199,7 @@ class CompletionRequest(Generation, kw_only=True):
     suffix: str | None = None
 
     def check(self) -> None:
+        super().check()
         _check_input(self.prompt, "prompt")
 
     def prompt_bytes(self) -> int:
@@ -233,6 +255,7 @@ class ResponsesRequest(InferenceRequest, kw_only=True):
     max_output_tokens: TokenCount | None = None
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
     previous_response_id: Annotated[str | None, Meta(extra_json_schema={"type": "null"})] = None
     metadata: dict[str, Any] | None = None
 
@@ -243,6 +266,9 @@ class ResponsesRequest(InferenceRequest, kw_only=True):
                 hint="the whole conversation in `input`",
                 param="previous_response_id",
             )
+        _check_tools(self.tools)
+        if self.text:
+            check_schema(self.text, "text")
 
     def output_limit(self) -> int | None:
         return self.max_output_tokens
@@ -278,6 +304,7 @@ class CountTokensRequest(InferenceRequest, kw_only=True):
     tools: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
 
     def check(self) -> None:
+        _check_tools(self.tools)
         _check_parts(self.system, "system")
         for index, message in enumerate(self.messages):
             _check_parts(message.content, f"messages[{index}].content")
@@ -328,10 +355,15 @@ def decode(path: str, body: bytes) -> InferenceRequest:
 
 def parse(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode a request's body and check its types. Raises: InvalidRequest that names the field."""
+    if len(body) > LARGE_BYTES:
+        _check_density(body)
     try:
         try:
             return decoder.decode(body)
         except msgspec.ValidationError:
+            # The second look makes an object of every value; in the queen nothing else runs meanwhile.
+            if len(body) > LARGE_BYTES:
+                raise
             return msgspec.convert(_whole_numbers(msgspec.json.decode(body)), decoder.type)
     except msgspec.ValidationError as problem:
         raise invalid(problem) from None
@@ -339,6 +371,12 @@ def parse(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise InvalidRequest(f"The request body is not valid JSON: {problem}", hint="a JSON object") from None
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply") from None
+
+
+def _check_density(body: bytes) -> None:
+    """Refuse a body that takes many times its size in memory, as `[{},{},…` does. Raises: InvalidRequest."""
+    if sum(map(body.count, (b"{", b"[", b'":', b'",'))) > MAX_VALUES:
+        raise InvalidRequest(f"The request body has more than {MAX_VALUES} objects, lists, fields and texts")
 
 
 def _whole_numbers(value: Any) -> Any:
@@ -404,6 +442,11 @@ def _check_input(value: Input, param: str) -> None:
         raise InvalidRequest(f"{param} must be texts, or token ids, but not both", param=param)
     if isinstance(value, list) and isinstance(value[0], (str, list)) and len(value) > MAX_INPUTS:
         raise InvalidRequest(f"{param} has {len(value)} entries; at most {MAX_INPUTS} are taken at once", param=param)
+
+
+def _check_tools(tools: list[dict[str, Any]] | None) -> None:
+    for index, tool in enumerate(tools or ()):
+        check_schema(tool, f"tools[{index}]")
 
 
 def _check_parts(content: str | Parts | None, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -95,6 +95,19 @@ class QueenSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """How long the tokens that each key used are kept."""
     platform: bool = False
     """Take the routing script from the operator's API only; the inventory's is not read."""
+    log_format: Literal["text", "json"] = "text"
+    log_jobs: bool = False
+    """Log a record for each job at its end."""
+    otlp_endpoint: str = ""
+    """Where traces of jobs go, by OTLP over HTTP; empty: nowhere, unless $OTEL_EXPORTER_OTLP_ENDPOINT says so."""
+    processes: Annotated[int, Meta(ge=1, le=64)] = 1
+    """How many server processes there are; more than one need `state`."""
+    state: str = ""
+    """The address of the Redis in which server processes and queens share their live state: redis://HOST:PORT/DB."""
+    state_password_file: str = ""
+    """A private file with the password of that Redis."""
+    advertise: str = ""
+    """The address at which other queens reach this one: http://HOST:PORT."""
 
 
 class GitopsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,8 +129,8 @@ class GitopsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allowed_signers: str = "/etc/rbee/inventory/allowed_signers"
 
 
-def read_settings(path: Path, type_: type[T]) -> T:
-    """Read and check one file. Raises: SetupProblem, with the file and what is wrong in it."""
+def read_settings(path: Path, type_: type[T], *, hint: str = "rbee apply writes this file") -> T:
+    """Read and check one file. Raises: SetupProblem, with the file, what is wrong in it, and the hint."""
     import yaml
 
     try:
@@ -126,7 +139,7 @@ def read_settings(path: Path, type_: type[T]) -> T:
     except OSError as problem:
         raise SetupProblem(f"Cannot read {path} ({problem.strerror})") from None
     except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as problem:
-        raise SetupProblem(f"{path}: {' '.join(str(problem).split())}", hint="rbee apply writes this file") from None
+        raise SetupProblem(f"{path}: {' '.join(str(problem).split())}", hint=hint) from None
 
 
 def dump_settings(value: Struct) -> str:

@@ -18,6 +18,13 @@ from rbee.cli import queen_log
         (["[2026-01-02 03:04:05 +0000] [77] [ERROR] Connection in use"], "Connection in use"),
         (["Traceback (most recent call last):", "  File x", "ModuleNotFoundError: No module named 'y'"],
          "ModuleNotFoundError: No module named 'y'"),
+        (["2026-01-02 03:04:05,678 ERROR q: no boot", "    Traceback (most recent call last):", "      File x",
+          "        fail()", "    rbee.errors.SetupProblem: an error"], "rbee.errors.SetupProblem: an error"),
+        (['{"time":"2026-01-02T03:04:05.678Z","level":"ERROR","message":"no disk"}',
+          '{"time":"2026-01-02T03:04:06.678Z","level":"INFO","message":"bye"}'], "no disk"),
+        (['{"time":"2026-01-02T03:04:05.678Z","level":"ERROR","exception":"Traceback\\n  x\\nOSError: y"}'],
+         "OSError: y"),
+        (["{no JSON"], "{no JSON"),
         (["one", "two", ""], "two"),
     ],
 )  # fmt: skip

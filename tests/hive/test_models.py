@@ -10,7 +10,8 @@ import pytest
 from hive_rig import FakeQueen, RunningHive, StartHive, install, until
 
 from rbee.errors import RbeeError
-from rbee.hive.catalog import BUILT_IN_FILE, safe_name
+from rbee.hive.catalog import safe_name
+from rbee.paths import BUILT_IN_FILE
 from rbee.wire.fleet import AddModel, ModelReport
 
 

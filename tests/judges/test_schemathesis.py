@@ -17,7 +17,7 @@ FIND = Callable[[str], str]
 @pytest.mark.timeout(600)  # generates hundreds of requests
 def test_the_public_endpoints_keep_their_schema(judge: FIND, tmp_path: Path) -> None:
     with running_queen() as queen:
-        # DELETE cancels a job, whose record stays.
+        # DELETE cancels a job, and its record stays, as that of a cancelled batch does with OpenAI.
         kept = ("--exclude-checks", "use_after_free")
         run(judge("schemathesis"), queen, tmp_path, "--exclude-path-regex", CONTROL, *kept)
 

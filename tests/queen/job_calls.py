@@ -54,11 +54,19 @@ def post_job(queen: RunningQueen, body: dict[str, Any], *, key: str = "", **fiel
     return str(made["job_id"])
 
 
-def ended(queen: RunningQueen, job_id: str) -> dict[str, Any]:
+def ended(queen: RunningQueen, job_id: str, key: str = "") -> dict[str, Any]:
     """Wait until a job is over and return it."""
-    until(lambda: call(queen, "GET", f"/v1/jobs/{job_id}")[2]["status"] in FINAL, f"{job_id} to end")
-    view: dict[str, Any] = call(queen, "GET", f"/v1/jobs/{job_id}")[2]
-    return view
+    until(lambda: job_view(queen, job_id, key)["status"] in FINAL, f"{job_id} to end")
+    return job_view(queen, job_id, key)
+
+
+def job_view(queen: RunningQueen, job_id: str, key: str = "") -> dict[str, Any]:
+    """Return a job as it is at present."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    code, _, view = call(queen, "GET", f"/v1/jobs/{job_id}", **headers)
+    assert code == 200, view
+    found: dict[str, Any] = view
+    return found
 
 
 @contextmanager

@@ -269,7 +269,8 @@ def test_the_urgent_overtakes_and_who_leaves_is_never_run(own_queen: RunningQuee
         thread.join()
     assert order == ["interactive", "normal", "batch"]
     assert worker.slots == 1
-    assert metric(own_queen, 'rbee_jobs_total{endpoint="/v1/chat/completions",model="none",outcome="cancelled"}') == 1
+    assert metric(own_queen, 'rbee_jobs_cancelled_total{phase="queued"}') == 1
+    assert metric(own_queen, 'rbee_jobs_total{endpoint="/v1/chat/completions",model="echo",outcome="cancelled"}') == 2
     assert metric(own_queen, "rbee_jobs_in_flight") == 0
 
 

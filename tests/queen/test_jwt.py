@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import time
@@ -16,11 +17,12 @@ from jwt.algorithms import OKPAlgorithm, RSAAlgorithm
 
 from rbee.errors import AccessDenied, Busy, Forbidden, SetupProblem
 from rbee.queen.access import Access
-from rbee.queen.jwt_tokens import Claims, JwtSettings, JwtTokens, Limits, read_jwt_settings
+from rbee.queen.jwt_tokens import JwtTokens, read_jwt_settings
 from rbee.queen.keys import KeyStore
 from rbee.queen.policy import Policy
 from rbee.queen.settings import Settings
 from rbee.testing.programs import RunningQueen, running_queen
+from rbee.wire.jwt_settings import Claims, JwtSettings, TierLimits
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 ED_KEY = ed25519.Ed25519PrivateKey.generate()
@@ -71,7 +73,7 @@ def issuer() -> Issuer:
 
 @pytest.mark.parametrize("kid", ["rsa", "ed"])
 def test_a_signed_token_opens_and_its_claims_are_what_it_allows(issuer: Issuer, kid: str) -> None:
-    tokens = issuer.tokens(tiers={"gold": Limits(requests_per_minute=9, priority="normal")})
+    tokens = issuer.tokens(tiers={"gold": TierLimits(requests_per_minute=9, priority="normal")})
     found = tokens.check(token(kid, tenant="acme", tier="gold", models=["qwen*"], scope="openid inference metrics"))
     assert (found.id, found.name, found.scopes) == ("jwt:ada", "ada", frozenset({"inference", "metrics"}))
     assert found.policy == Policy(
@@ -85,7 +87,19 @@ def test_claims_can_have_other_names(issuer: Issuer) -> None:
     assert (found.policy.tenant, found.policy.tier) == ("acme", "gold")
 
 
+def unsigned(header: str) -> str:
+    """Return what has the form of a token, with a header as it is given."""
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in (header.encode(), b"{}", b"x"))
+
+
 WRONG = {
+    "a header 3,000 deep": unsigned('{"a":' + "[" * 2999 + "]" * 2999 + "}"),
+    "a header that is no object": unsigned('{"alg":"RS256"}').replace("ey", "eyJ", 1),
+    "a key id of a wrong type": unsigned('{"alg": "RS256", "kid": ["rsa"]}'),
+    "an algorithm of a wrong type": unsigned('{"alg": {"a": 1}, "kid": "rsa"}'),
+    "a number without end": unsigned('{"alg": ' + "9" * 5000 + "}"),
+    "a header that names its own keys": unsigned('{"alg": "RS256", "kid": "x", "jku": "https://evil.example/keys"}'),
+    "no text": "ey\xff.é.\0",
     "expired": token(exp=time.time() - 120),
     "not yet": token(nbf=time.time() + 600),
     "no end": token(exp=None),

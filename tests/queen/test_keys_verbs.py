@@ -128,3 +128,44 @@ def test_another_machine_is_told_the_same(
         own = shell.facts()["id"]
         assert shell(*words[:-1], own)[0] == 0
         assert shell.facts()["tokens_per_month"] == 7
+
+
+def test_a_whole_key_may_stand_for_its_id(shell: Shell) -> None:
+    secret = shell("create", "leaked", "-q")[1].strip()
+    assert shell("revoke", secret)[0] == 0
+    assert shell.facts()["state"] == "revoked"
+    code, out, _ = shell("show", secret)
+    assert (code, secret in out) == (0, False)
+
+
+def test_a_revoked_key_is_not_changed_and_says_so(shell: Shell) -> None:
+    shell("create", "gone", "-q")
+    key_id = shell.facts()["id"]
+    shell("revoke", key_id)
+    code, _, err = shell("set", key_id, "--expires", "3")
+    assert code == 2
+    assert "is revoked" in err
+    assert shell.facts()["expires_at"] is None
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines", "x" * 101, "\x1b[31mred"])
+def test_a_name_that_would_spoil_a_list_is_refused(shell: Shell, name: str) -> None:
+    code, out, err = shell("create", name)
+    assert (code, out) == (2, "")
+    assert "name" in err
+    assert json.loads(shell("list", "--json")[1]) == []
+
+
+def test_what_a_table_shows_is_not_mistaken(shell: Shell) -> None:
+    code, _, err = shell("list")
+    assert (code, "rbee key create" in err) == (0, True)
+    shell("create", "free", "-q")
+    lines = shell("show", shell.facts()["id"])[1].splitlines()
+    told = dict(line.split(maxsplit=1) for line in lines)
+    assert lines[0].split() == ["FIELD", "VALUE"]
+    assert told["tokens_per_day"] == "no limit"
+    assert told["models"] == "every one"
+    code, _, err = shell("create", "x", "--tenant", "a b")
+    assert code == 2
+    assert "regex" not in err
+    assert "'a b' is no tenant" in err

@@ -262,3 +262,19 @@ def test_price_and_tenant_of_a_machine_reach_the_queen_that_is_set_up_there(tmp_
     (tmp_path / "inventory.conf").write_text(inventory_text(fleet))
     [found] = read_inventory(tmp_path, this_machine(run_commands=False)).hosts
     assert (found.price, found.tenant, found.region) == (0.00015, "acme", "eu")
+
+
+def test_a_script_as_printed_sees_that_a_client_said_high(rig: Rig) -> None:
+    rig.host(report("gpu", device=Device(kind="cuda", name="NVIDIA H100")))
+    rig.host(report("pc"))
+    rig.path.write_text((Path(__file__).parent.parent / "data" / "scripts" / "complete-story-2.rhai").read_text())
+    rig.script.reload()
+    for said, priority, place in (
+        ("high", "interactive", "gpu/w"),
+        ("low", "batch", "pc/w"),
+        ("normal", "normal", "pc/w"),
+    ):
+        wanted = job(priority=said)
+        wanted.priority, wanted.said = wanted.caller.policy.heard(said)
+        assert (wanted.priority, wanted.record()["priority"]) == (priority, said)
+        assert rig.chosen(wanted) == [place]

@@ -55,6 +55,7 @@ def test_a_settings_file_with_a_mistake_ends_it_in_one_line(tmp_path: Path) -> N
 def test_it_tells_systemd_when_it_serves_and_when_it_ends(service: socket.socket) -> None:
     address = service.getsockname()
     with service, running_queen("--no-hive", env={"NOTIFY_SOCKET": address}) as queen:
+        assert service.recv(1000).startswith(b"FDSTORE=1\n")
         ready = service.recv(1000).decode().splitlines()
         assert "READY=1" in ready
         assert any(line.startswith("STATUS=Serving on 127.0.0.1:") for line in ready)

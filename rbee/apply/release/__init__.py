@@ -55,8 +55,9 @@ def build(
 ) -> Release:
     """Return the release for a host, packing what the cache lacks.
 
-    `roles` are of "hive", "queen", "apply", "jwt"; `backends` are names of worker backends. `folder` is the cache, and
-    `online` False forbids a download. Raises: SetupProblem or PluginProblem with what to install, or where.
+    `roles` are of "hive", "queen", "apply", and of a queen's extras: "jwt", "otel", "redis". `backends` are names of
+    worker backends. `folder` is the cache, and `online` False forbids a download. Raises: SetupProblem or PluginProblem
+    with what to install, or where.
     """
     target.check()
     place = folder or paths.cache_dir() / "releases"

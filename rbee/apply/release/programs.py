@@ -27,6 +27,8 @@ MODULES = {
     "hive": ("rbee.hive.agent",),
     "apply": ("cryptography.x509", "pyinfra"),
     "jwt": ("cryptography.hazmat.primitives.asymmetric.ed25519", "jwt"),
+    "otel": ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk.trace"),
+    "redis": ("redis",),
 }
 
 
