@@ -99,8 +99,10 @@ def _worker(
 ) -> WorkerStatus:
     unit = _active(units, f"rbee-worker@{line.name}.service")
     own = {"loading": STARTING}.get(health.get("status", ""), health.get("status", ""))
-    asked = "failed" if unit == "failed" else "stopped"
-    state = own or report.get("state", "") or (STARTING if unit == "activating" else asked)
+    # Of a unit that has ended the hive's word may be older than systemd's.
+    told = "" if unit in ("inactive", "failed") else report.get("state", "")
+    ended = "failed" if unit == "failed" else "stopped"
+    state = own or told or (STARTING if unit == "activating" else ended)
     return WorkerStatus(
         name=line.name,
         unit=unit,
