@@ -21,6 +21,9 @@ from rbee.wire.openai import REQUESTS, PriorityWord
 
 Json = dict[str, Any]
 
+IDEMPOTENCY_KEY: Json = {"type": "string", "pattern": "^[ \\t]*[!-~]{1,255}[ \\t]*$"}
+"""What surrounds a header's value is no part of it (RFC 9110, 5.5)."""
+
 TYPES: list[type] = [
     JobCreated,
     JobView,
@@ -57,7 +60,7 @@ def jobs_paths(refs: dict[type, Json], refusals: Json) -> Json:
     job, file, batch = (_in("path", name, {"type": "string"}) for name in ("job_id", "file_id", "batch_id"))
     paged = [_in("query", "limit", MANY), _in("query", "after", {"type": "string"})]
     filters = [_in("query", "status", {"enum": list(JobStatus)}), _in("query", "model", {"type": "string"})]
-    once = [_in("header", "Idempotency-Key", {"type": "string", "pattern": "^[!-~]{1,255}$"})]
+    once = [_in("header", "Idempotency-Key", IDEMPOTENCY_KEY)]
     resume = [_in("header", "Last-Event-ID", {"type": "string"})]
     stream = operation("Follow a job's events", None, parameters=resume)
     stream["responses"]["200"]["content"] = {"text/event-stream": {}}

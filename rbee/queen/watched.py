@@ -31,6 +31,10 @@ class HiveState(StrEnum):
     UNREACHABLE = "unreachable"
 
 
+class AnotherHive(Unreachable):
+    """What answers there is not the hive that the inventory means."""
+
+
 @dataclass
 class Watched:
     """One host of the inventory and its hive.
@@ -76,12 +80,12 @@ class Watched:
         return self.state is HiveState.UNREACHABLE and time.monotonic() - self.heard_at > ROUTED_FOR_S
 
     def told(self, report: HiveReport) -> HiveReport:
-        """Return a report as it holds here. Raises: Unreachable when another hive than the declared one wrote it.
+        """Return a report as it holds here. Raises: AnotherHive when another than the declared one wrote it.
 
         A hive knows its own ports, but not the name under which it is reached; engines listen on its machine only.
         """
         if report.hive != self.host.name:
-            raise Unreachable(
+            raise AnotherHive(
                 f"The hive at {self.url} calls itself {report.hive!r}, but {self.host.at} calls it {self.host.name!r}",
                 hint=f"the HostName of {self.host.name}, or rbee apply",
             )

@@ -21,12 +21,12 @@ from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
 from rbee.client import Client
-from rbee.errors import RbeeError, TimedOut
+from rbee.errors import Lost, RbeeError, TimedOut
 from rbee.inventory.fleet import Host
 from rbee.queen.fleet import Fleet
 from rbee.queen.health import answers, give_up
 from rbee.queen.inventory import Identity
-from rbee.queen.watched import ROUTED_FOR_S, HiveState, Watched, https_url
+from rbee.queen.watched import ROUTED_FOR_S, AnotherHive, HiveState, Watched, https_url
 from rbee.tokens import derived_token
 from rbee.wire.fleet import HiveReport
 
@@ -98,6 +98,7 @@ class Watching:
     def _run(self, watched: Watched, client: Client) -> NoReturn:
         pause_s = FIRST_PAUSE_S
         while True:
+            silent = False
             try:
                 self._poll(watched, client)
                 pause_s = FIRST_PAUSE_S
@@ -105,12 +106,13 @@ class Watching:
                 continue
             except RbeeError as problem:
                 reason = str(problem)
+                silent = isinstance(problem, Lost) and not isinstance(problem, AnotherHive)
                 if isinstance(problem, TimedOut):
                     gevent.spawn(self._look_after_jobs, watched.host.name)
             except Exception as problem:
                 log.exception("the hive %s", watched.host.name)
                 reason = f"Its answer is not understood ({problem})"
-            if watched.in_doubt:
+            if silent and watched.in_doubt:
                 # Its workers stay in routing anyway: a link that flaps, or a hive that restarts, is no change of state.
                 gevent.sleep(DOUBT_PAUSE_S)
                 continue

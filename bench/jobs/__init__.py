@@ -1,0 +1,1 @@
+"""How long it takes to have a job accepted, which is to have it on the disk."""
