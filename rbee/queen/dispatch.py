@@ -17,7 +17,7 @@ from rbee.queen.ejection import RetryBudget
 from rbee.queen.fleet import Fleet
 from rbee.queen.health import answers, failed, give_up
 from rbee.queen.hives import Worker
-from rbee.queen.job import PREFILL, WHOLE, Exchange, Job
+from rbee.queen.job import PREFILL, WHOLE, Exchange, Job, smoothed
 from rbee.queen.loads import Loads
 from rbee.queen.places import Candidate
 from rbee.queen.reach import Reach
@@ -113,7 +113,7 @@ class Dispatch:
             worker.ejection.dropped()
             job.client.check()
             raise
-        worker.ttft_ms = _smooth(worker.ttft_ms, (time.monotonic() - started) * 1000)
+        worker.ttft_ms = smoothed(worker.ttft_ms, (time.monotonic() - started) * 1000)
         job.worker_id = worker.id
         return Exchange(worker, candidate, answer)
 
@@ -154,7 +154,3 @@ def _renamed(body: bytes, model: str) -> bytes:
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0.0 else 0.8 * old + 0.2 * new

@@ -10,10 +10,10 @@ import gevent
 
 from rbee.errors import ShuttingDown
 from rbee.queen.job import Job
+from rbee.queen.waiting import CUT_BEFORE_END_S
 
 log = logging.getLogger("rbee.queen.draining")
 
-CUT_BEFORE_END_S = 2.0
 LOOK_EVERY_S = 0.5
 
 

@@ -17,7 +17,7 @@ from rbee.queen.client_watch import ClientWatch
 from rbee.queen.hives import Worker
 from rbee.queen.owners import Signature
 from rbee.queen.places import Candidate
-from rbee.queen.policy import Policy, Priority
+from rbee.queen.policy import Priority
 from rbee.wire.openai import InferenceRequest
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ TOKENS_TO_TELL = 8
 """From how many tokens on a stream says how fast its worker is."""
 
 _counter = itertools.count(secrets.randbits(24))
+
+
+def smoothed(old: float, new: float) -> float:
+    """Return a worker's average after one more value; the first stands for itself."""
+    return new if old == 0.0 else 0.8 * old + 0.2 * new
 
 
 def new_id() -> str:
@@ -186,10 +191,6 @@ class Job:
         }
 
 
-def _policy(caller: Caller) -> Policy:
-    return caller.policy
-
-
 def _labels(metadata: object) -> dict[str, str]:
     """Return what a request's own metadata may tell a script: OpenAI's 16 pairs of short texts."""
     if not isinstance(metadata, dict):
@@ -211,8 +212,7 @@ class Exchange:
         """Note how fast a stream of so many tokens came, for the routing script; a short one tells nothing."""
         took_s = time.monotonic() - self.began_at
         if tokens >= TOKENS_TO_TELL and took_s > 0:
-            old, new = self.worker.tokens_per_second, tokens / took_s
-            self.worker.tokens_per_second = new if old == 0.0 else 0.8 * old + 0.2 * new
+            self.worker.tokens_per_second = smoothed(self.worker.tokens_per_second, tokens / took_s)
 
     def end(self) -> None:
         """Close the exchange; an answer that is not whole is cancelled at the worker."""

@@ -14,7 +14,7 @@ from rbee.queen.health import answers, failed, is_fault, is_full
 from rbee.queen.hives import Worker
 from rbee.queen.job import DECODE, Exchange, Job, Reply
 from rbee.queen.metrics import Metrics
-from rbee.queen.waiting import error_event
+from rbee.queen.waiting import CUT_BEFORE_END_S, error_event
 from rbee.wire.errors import decode_error
 
 PING = b": ping\n\n"
@@ -22,7 +22,6 @@ EVENT, DONE = b"data:", b"[DONE]"
 LAST_READS = 6
 """How much of a stream is kept for its usage, which engines tell in one of the last two events."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-CUT_BEFORE_END_S = 2.0
 STALLED_S = 30.0
 """A silence after which a worker must show that it lives; on a slow machine, a long prompt of another job is one."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from attack_rig import own_address
 
 from rbee.testing.programs import RunningQueen, running_queen
 
@@ -243,14 +244,3 @@ def test_a_key_is_needed_off_loopback() -> None:
             assert answer.status == 401
             assert error_of(json.loads(answer.read()))["code"] == "invalid_api_key"
             connection.close()
-
-
-def own_address() -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Nothing is sent: connecting a datagram socket only asks the routing table.
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return None
-        address: str = probe.getsockname()[0]
-    return None if address.startswith("127.") else address

@@ -144,8 +144,8 @@ def test_workers_queues_and_rates_are_told_while_jobs_run(queen: RunningQueen, s
     assert (hive.hive, hive.state, hive.region) == ("shed", "ready", "eu")
     [worker] = hive.workers
     assert (worker.id, worker.model, worker.in_flight, worker.slots) == ("shed/w", "honey", 1, 1)
-    # A word comes every 0.05 s; on a busy machine some come together.
-    assert 0 < worker.tokens_per_second < 100
+    # A word comes every 0.05 s; a window as short as the first ones holds a few events more than its share.
+    assert 0 < worker.tokens_per_second * told.window_s <= told.window_s / 0.05 + 4
     assert worker.tokens_per_second == told.tokens_per_second
     assert worker.ttft_ms > 0
     waits = {queue.priority: queue for queue in told.queues}
